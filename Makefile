@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup serve test check format proto bench clean
+
+# Everything the project needs, in .venv; repeated only when what decides it changes.
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Shoal needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[test]'
+	-@$(BIN)/python -m experts.kernels.cpu_build >/dev/null
+	@touch $@
+
+# The demo checkpoint on http://127.0.0.1:8000 with 4 expert groups.
+serve: setup
+	exec $(BIN)/shoal serve
+
+test: check
+	$(BIN)/python -m pytest -q
+
+# Format, lint, types, import contracts, and committed stubs that equal what the protos generate.
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_proto_stubs.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
+	  proto/experts/v1/experts.proto proto/router/v1/router.proto
+
+# Each script prints one JSON object; see the head of each for what it measures.
+bench: setup
+	@set -e; for script in $(filter-out %/__init__.py %/report.py %/worker_processes.py,$(wildcard tests/benchmarks/*.py)); do \
+	  $(BIN)/python $$script --json; done
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
