@@ -1,0 +1,93 @@
+"""One expert group: weights, what they can be asked for, and the computation of one frame.
+
+It knows nothing of sockets, deadlines or other groups. An expert call is pure: the same frame gives the same
+result, whoever repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from experts.errors import BadFrame, NotHosted
+from experts.expert_range import ExpertRange
+from experts.weights import ExpertWeights
+from experts.wire import MAX_MESSAGE_BYTES, ComputeFrame, WireFormat, compute_max_rows, compute_row_bytes
+
+
+class ExpertGroup:
+    """Computes frames with the experts it owns. Not thread-safe for speed: callers take turns."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+        self._hosted_experts = {
+            layer_id: _mark_hosted(weights.config.n_routed_experts, tuple(experts))
+            for layer_id, experts in weights.layers.items()
+        }
+        self.numerics_id = weights.kernel.numerics_id
+
+    @property
+    def hosted(self) -> Sequence[ExpertRange]:
+        return self._weights.hosted
+
+    @property
+    def hidden_size(self) -> int:
+        return self._weights.config.hidden_size
+
+    @property
+    def weight_digest(self) -> str:
+        return self._weights.digest
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of one frame, in the widest wire dtype and reduced; frames for exact results hold fewer."""
+        config = self._weights.config
+        return compute_max_rows(config.hidden_size, config.num_experts_per_tok, WireFormat.FLOAT32, exact=False)
+
+    def check_frame(self, frame: ComputeFrame) -> None:
+        """Raise NotHosted for a pair that is not ours and BadFrame for sizes that are not the model's."""
+        hidden_size = frame.hidden_states.shape[1]
+        if hidden_size != self.hidden_size:
+            raise BadFrame(f"hidden size: expected {self.hidden_size}, got {hidden_size}", frame_id=frame.frame_id)
+        result_bytes = frame.num_result_rows * compute_row_bytes(hidden_size, frame.reply_dtype)
+        if result_bytes > MAX_MESSAGE_BYTES - 1024:
+            raise BadFrame(
+                f"the answer would take {result_bytes} bytes, more than one message holds: send fewer rows",
+                frame_id=frame.frame_id,
+            )
+        marked = self._hosted_experts.get(frame.layer_id)
+        if marked is None:
+            raise NotHosted(f"layer {frame.layer_id} is not hosted here")
+        if frame.pair_experts.max() >= len(marked) or not marked[frame.pair_experts].all():
+            wanted = np.unique(frame.pair_experts)
+            missing = [int(expert) for expert in wanted if expert >= len(marked) or not marked[expert]]
+            raise NotHosted(f"layer {frame.layer_id}: experts {missing[:8]} are not hosted here")
+
+    @torch.inference_mode()
+    def compute(self, frame: ComputeFrame) -> torch.Tensor:
+        """Compute a frame. Returns [num_result_rows, hidden_size], rounded once to the dtype that the answer is wanted
+        in; float32 if that is FP8, for the encoder to quantise.
+
+        Raises NotHosted or BadFrame, see check_frame.
+        """
+        self.check_frame(frame)
+        # The wire's memory is aligned to nothing, and products may depend on alignment: always into memory of our own.
+        hidden_states = frame.load_hidden_states(self._weights.dtype)
+        result = self._weights.kernel.expert_ffn(
+            hidden_states,
+            frame.pair_rows,
+            frame.pair_experts,
+            frame.pair_weights,
+            self._weights.layers[frame.layer_id],
+            exact=frame.exact,
+        )
+        return result if frame.reply_dtype == torch.float8_e4m3fn else result.to(frame.reply_dtype)
+
+
+def _mark_hosted(n_routed_experts: int, experts: Sequence[int]) -> np.ndarray:
+    """bool [n_routed_experts]: whether an expert is hosted."""
+    marked = np.zeros(n_routed_experts, dtype=bool)
+    marked[list(experts)] = True
+    return marked

@@ -1,0 +1,449 @@
+// Products of a few rows with large weight matrices that stay FP8 (or bf16, or fp32) in memory: the routed experts'
+// feed-forward network, and plain linear layers. This file has the jobs and the C interface that cpu_ffn.py calls;
+// cpu/ has the memory order of weights (matrix.h), the arithmetics (amx.h, avx512_bf16.h, vector.inc) and the threads.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/cpuid.h"
+#include "cpu/engine.h"
+#include "cpu/matrix.h"
+#include "cpu/pool.h"
+
+// Each family's code is compiled for its own instructions, whatever the rest of the library is compiled for.
+#define SHOAL_SPACE portable
+#define SHOAL_LANES 4
+#define SHOAL_FMA(a, b, c) ((a) * (b) + (c))
+#include "cpu/vector.inc"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define SHOAL_SPACE avx2
+#define SHOAL_LANES 8
+#define SHOAL_FMA(a, b, c) ((Vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#include "cpu/vector.inc"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define SHOAL_SPACE avx512
+#define SHOAL_LANES 16
+#define SHOAL_FMA(a, b, c) ((Vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#include "cpu/vector.inc"
+
+#include "cpu/avx512_bf16.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,gfni")
+#include "cpu/amx.h"
+#pragma GCC pop_options
+#endif
+
+namespace shoal {
+namespace {
+
+// Rows of experts that are computed together; bounds the working memory (about 75 MB at 7168 x 2048).
+constexpr int kBatchPairs = 4096;
+// Below this estimate a call stays on the caller's thread: waking another costs about as much.
+constexpr double kAloneUs = 80;
+
+enum Status : int32_t { kOk = 0, kNotHosted = 1, kBadPair = 2, kUnsupported = 3, kNoMemory = 4 };
+
+// fp32 weights are multiplied in fp32 whatever was asked.
+const Engine* find_engine(int family, int arithmetic, const Matrix& matrix) {
+    if (!is_supported(family)) return nullptr;
+    const bool bf16 = arithmetic == kBfloat16 && matrix.kind != kFp32;
+    switch (family) {
+#if defined(__x86_64__)
+        case kAmx:
+            return bf16 ? &amx::kEngine : &avx512::kFp32Engine;
+        case kAvx512Bf16:
+            return bf16 ? &avx512_bf16::kEngine : &avx512::kFp32Engine;
+        case kAvx2:
+            return bf16 ? &avx2::kRoundingEngine : &avx2::kFp32Engine;
+#endif
+        case kPortable:
+            return bf16 ? &portable::kRoundingEngine : &portable::kFp32Engine;
+        default:
+            return nullptr;
+    }
+}
+
+// Memory that grows and stays; its content does not survive growing.
+class Buffer {
+  public:
+    ~Buffer() { std::free(data_); }
+    uint8_t* reserve(size_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = 0;
+            const size_t page = bytes >= (4u << 20) ? 2u << 20 : 64;
+            const size_t rounded = (bytes + page - 1) / page * page;
+            data_ = static_cast<uint8_t*>(std::aligned_alloc(page, rounded));
+            if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+            if (page > 64) madvise(data_, rounded, MADV_HUGEPAGE);
+#endif
+            size_ = rounded;
+        }
+        return data_;
+    }
+    uint8_t* data() const { return data_; }
+
+  private:
+    uint8_t* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Owned by whoever holds the pool's turn.
+struct Workspace {
+    Buffer x, inner;
+    std::vector<std::unique_ptr<Scratch>> scratches;  // of each thread
+    std::vector<std::unique_ptr<Buffer>> sums;        // of each thread
+    static Workspace& instance() {
+        static Workspace* workspace = new Workspace;
+        return *workspace;
+    }
+};
+
+// Some rows of one expert. at, inner_at: offsets of its packed rows in the workspace.
+struct Chunk {
+    int first_pair, rows;
+    size_t at, inner_at;
+};
+
+// An expert with its chunks [begin, end).
+struct Segment {
+    int slot, begin, end;
+};
+
+int chunk_rows(int rows) {
+    const int chunks = (rows + kChunkRows - 1) / kChunkRows;
+    return (rows + chunks - 1) / chunks;
+}
+
+// Panels of the next task when `left` are: large first, because each task reads its activations again, then ever
+// smaller, so that threads of unequal speed finish together.
+int panels_of_task(int left, int threads) { return std::max(left / (threads * 2), 4); }
+
+// Call multiply(panels, chunk) for panels [begin, end) and every chunk; several chunks take turns on a few panels,
+// which then are in the cache. next: see Panels::after.
+template <class F>
+void for_chunks(const Matrix& matrix, int begin, int end, int num_chunks, const uint8_t* next, F&& multiply) {
+    const int step = num_chunks == 1 ? end - begin : 4;
+    for (int panel = begin; panel < end; panel += step) {
+        const int stop = std::min(panel + step, end);
+        const uint8_t* after = stop < end ? matrix.cells + stop * matrix.panel_bytes() : next;
+        for (int chunk = 0; chunk < num_chunks; ++chunk)
+            multiply(Panels{matrix, panel, stop,
+                            chunk + 1 < num_chunks ? matrix.cells + panel * matrix.panel_bytes() : after},
+                     chunk);
+    }
+}
+
+class Job {
+  public:
+    explicit Job(const Engine& engine) : engine_(engine) {
+        while (int(workspace_.scratches.size()) < pool_.threads()) {
+            workspace_.scratches.emplace_back(new Scratch);
+            workspace_.sums.emplace_back(new Buffer);
+        }
+    }
+
+    // weight_bytes read and multiply-adds done decide whether other threads are worth waking.
+    void estimate(double weight_bytes, double products) { alone_ = weight_bytes / 12e3 + products / 3e5 < kAloneUs; }
+    int threads() const { return alone_ ? 1 : pool_.threads(); }
+    Workspace& workspace() { return workspace_; }
+    Scratch& scratch(int thread) { return *workspace_.scratches[thread]; }
+    const Engine& engine() const { return engine_; }
+
+    // body(task, next task or null, thread) for all tasks; a thread takes its next task before it starts one.
+    template <class Task, class F>
+    void run(const std::vector<Task>& tasks, F&& body) {
+        pool_.run(int(tasks.size()), alone_, [&](Tasks& numbers, int thread) {
+            int current = numbers.take();
+            while (current < numbers.count()) {
+                const int next = numbers.take();
+                body(tasks[current], next < numbers.count() ? &tasks[next] : nullptr, thread);
+                current = next;
+            }
+            if (engine_.leave) engine_.leave();
+        });
+    }
+
+  private:
+    const Engine& engine_;
+    Pool& pool_ = Pool::instance();
+    Workspace& workspace_ = Workspace::instance();
+    bool alone_ = true;
+};
+
+struct Ffn {
+    const Matrix* gate_up;  // [slot]
+    const Matrix* down;     // [slot]
+    const void* hidden;
+    Dtype dtype;
+    bool exact;
+    int num_rows;
+    float* result;
+    // Pairs in ascending expert order, then row: where to read, where to write, and the weight.
+    std::vector<int32_t> rows, targets;
+    std::vector<float> weights;
+
+    // first: nothing was added to the result yet.
+    void compute(Job& job, const std::vector<Segment>& segments, std::vector<Chunk>& chunks, bool first) const {
+        const Engine& engine = job.engine();
+        const int hidden_size = gate_up[segments[0].slot].columns, inner_size = gate_up[segments[0].slot].rows;
+        size_t x_bytes = 0, inner_bytes = 0;
+        for (Chunk& chunk : chunks) {
+            chunk.at = x_bytes;
+            chunk.inner_at = inner_bytes;
+            x_bytes += engine.packed_bytes(chunk.rows, hidden_size);
+            inner_bytes += engine.inner_bytes(chunk.rows, inner_size);
+        }
+        uint8_t* x = job.workspace().x.reserve(x_bytes);
+        uint8_t* inner = job.workspace().inner.reserve(inner_bytes);
+        job.run(chunks, [&](const Chunk& chunk, const Chunk*, int) {
+            engine.pack(Rows{hidden, dtype, size_t(hidden_size), &rows[chunk.first_pair], chunk.rows, hidden_size},
+                        x + chunk.at);
+        });
+
+        struct Task {
+            const Segment* segment;
+            int begin, end;
+        };
+        std::vector<Task> tasks;
+        const int panels = gate_up[segments[0].slot].panels();
+        int left = panels * int(segments.size());
+        for (const Segment& segment : segments)
+            for (int panel = 0, end; panel < panels; panel = end) {
+                end = std::min(panel + round_up(panels_of_task(left, job.threads()), 2), panels);
+                tasks.push_back({&segment, panel, end});
+                left -= end - panel;
+            }
+        job.run(tasks, [&](const Task& task, const Task* next, int thread) {
+            const Matrix& matrix = gate_up[task.segment->slot];
+            const uint8_t* after =
+                next ? gate_up[next->segment->slot].cells + next->begin * matrix.panel_bytes() : nullptr;
+            for_chunks(matrix, task.begin, task.end, task.segment->end - task.segment->begin, after,
+                       [&](const Panels& range, int i) {
+                           const Chunk& chunk = chunks[task.segment->begin + i];
+                           engine.gate_up(range, x + chunk.at, chunk.rows, inner + chunk.inner_at, job.scratch(thread));
+                       });
+        });
+
+        // A task owns some panels of the result and adds every expert to them, so that a row's sum has one order. Sums
+        // are kept panel by panel while experts are added: the rows of the result lie too far apart.
+        tasks.clear();
+        const int outputs = down[segments[0].slot].panels();
+        for (int panel = 0, end; panel < outputs; panel = end) {
+            end = std::min(panel + panels_of_task(outputs - panel, job.threads()), outputs);
+            tasks.push_back({nullptr, panel, end});
+        }
+        const size_t panel_items = size_t(num_rows) * kPanelRows;
+        if (!exact)
+            for (int thread = 0; thread < job.threads(); ++thread)
+                job.workspace().sums[thread]->reserve(tasks[0].end * panel_items * sizeof(float));
+        job.run(tasks, [&](const Task& task, const Task* next, int thread) {
+            float* sums = exact ? nullptr : reinterpret_cast<float*>(job.workspace().sums[thread]->data());
+            if (!exact) std::memset(sums, 0, (task.end - task.begin) * panel_items * sizeof(float));
+            if (!exact && !first)
+                move_sums(task.begin, task.end, sums, [](float* a, float* b, size_t n) { std::memcpy(a, b, n); });
+            for (const Segment& segment : segments) {
+                const Matrix& matrix = down[segment.slot];
+                const bool last = &segment == &segments.back();
+                const uint8_t* after = !last  ? down[(&segment + 1)->slot].cells + task.begin * matrix.panel_bytes()
+                                       : next ? down[segments[0].slot].cells + next->begin * matrix.panel_bytes()
+                                              : nullptr;
+                for_chunks(
+                    matrix, task.begin, task.end, segment.end - segment.begin, after, [&](const Panels& range, int i) {
+                        const Chunk& chunk = chunks[segment.begin + i];
+                        Output output{result,
+                                      kFloat32,
+                                      size_t(hidden_size),
+                                      kPanelRows,
+                                      &targets[chunk.first_pair],
+                                      &weights[chunk.first_pair],
+                                      false};
+                        if (!exact) {
+                            output.base = sums - task.begin * panel_items;
+                            output.row_stride = kPanelRows;
+                            output.panel_stride = panel_items;
+                            output.add = true;
+                        }
+                        engine.project_inner(range, inner + chunk.inner_at, chunk.rows, output, job.scratch(thread));
+                    });
+            }
+            if (!exact)
+                move_sums(task.begin, task.end, sums, [](float* a, float* b, size_t n) { std::memcpy(b, a, n); });
+        });
+    }
+
+    // Call move(sums of a row's panel, the same in the result, bytes) for all rows and panels [begin, end).
+    template <class F>
+    void move_sums(int begin, int end, float* sums, F&& move) const {
+        const int hidden_size = gate_up[0].columns;
+        for (int panel = begin; panel < end; ++panel)
+            for (int row = 0; row < num_rows; ++row, sums += kPanelRows) {
+                const int column = panel * kPanelRows;
+                move(sums, result + size_t(row) * hidden_size + column,
+                     std::min(hidden_size - column, kPanelRows) * sizeof(float));
+            }
+    }
+};
+
+}  // namespace
+}  // namespace shoal
+
+using namespace shoal;
+
+extern "C" {
+
+int32_t shoal_is_supported(int32_t family) { return is_supported(family); }
+
+void shoal_set_threads(int32_t count) {
+    Pool& pool = Pool::instance();
+    std::lock_guard<std::mutex> turn(pool.turn());
+    pool.set_threads(std::max(1, count));
+}
+
+int32_t shoal_threads() { return Pool::instance().threads(); }
+
+void shoal_pack(const Matrix* matrix, const PackSource* source) {
+    Pool& pool = Pool::instance();
+    std::lock_guard<std::mutex> turn(pool.turn());
+    const int panels = matrix->panels(), step = 8, tasks = (panels + step - 1) / step;
+    pool.run(tasks, false, [&](Tasks& numbers, int) {
+        for (int task; (task = numbers.take()) < numbers.count();)
+            pack_panels(*matrix, *source, task * step, std::min(task * step + step, panels));
+    });
+}
+
+// result: float32 [num_pairs][hidden] if exact, else [num_rows][hidden]. Pairs are sorted by row. slots: expert id ->
+// index of gate_up and down, negative where not hosted.
+int32_t shoal_expert_ffn(int32_t family, int32_t arithmetic, const Matrix* gate_up, const Matrix* down,
+                         const int32_t* slots, int32_t num_experts, int32_t num_slots, const void* hidden,
+                         int32_t dtype, int32_t num_rows, const int32_t* pair_rows, const int32_t* pair_experts,
+                         const float* pair_weights, int32_t num_pairs, int32_t exact, float* result) try {
+    if (num_slots == 0) return num_pairs ? kNotHosted : kOk;
+    const Engine* engine = find_engine(family, arithmetic, gate_up[0]);
+    if (!engine) return kUnsupported;
+    std::vector<int32_t> starts(num_experts + 1, 0);  // counting sort: ascending expert, rows as they come
+    for (int i = 0; i < num_pairs; ++i) {
+        const int expert = pair_experts[i];
+        if (expert < 0 || expert >= num_experts || slots[expert] < 0) return kNotHosted;
+        if (pair_rows[i] < 0 || pair_rows[i] >= num_rows) return kBadPair;
+        ++starts[expert + 1];
+    }
+    for (int expert = 0; expert < num_experts; ++expert) starts[expert + 1] += starts[expert];
+    Ffn ffn{gate_up, down, hidden, Dtype(dtype), exact != 0, num_rows, result, {}, {}, {}};
+    ffn.rows.resize(num_pairs);
+    ffn.targets.resize(num_pairs);
+    ffn.weights.resize(num_pairs);
+    std::vector<int32_t> place(starts.begin(), starts.end() - 1);
+    for (int i = 0; i < num_pairs; ++i) {
+        const int at = place[pair_experts[i]]++;
+        ffn.rows[at] = pair_rows[i];
+        ffn.targets[at] = exact ? i : pair_rows[i];
+        ffn.weights[at] = pair_weights[i];
+    }
+
+    std::lock_guard<std::mutex> turn(Pool::instance().turn());
+    Job job(*engine);
+    if (!exact && !num_pairs) std::memset(result, 0, size_t(num_rows) * gate_up[0].columns * sizeof(float));
+    bool first = true;
+    std::vector<Segment> segments;
+    std::vector<Chunk> chunks;
+    int pairs_of_batch = 0;
+    const auto compute_batch = [&] {
+        if (segments.empty()) return;
+        const double cells =
+            double(gate_up[0].panels()) * gate_up[0].panel_bytes() + double(down[0].panels()) * down[0].panel_bytes();
+        job.estimate(cells * segments.size(), 3.0 * gate_up[0].rows * gate_up[0].columns * pairs_of_batch);
+        ffn.compute(job, segments, chunks, first);
+        first = false;
+        segments.clear();
+        chunks.clear();
+        pairs_of_batch = 0;
+    };
+    for (int expert = 0; expert < num_experts; ++expert) {
+        const int end = starts[expert + 1];
+        for (int pair = starts[expert]; pair < end;) {
+            const int pairs = std::min(end - pair, kBatchPairs);
+            if (pairs_of_batch + pairs > kBatchPairs) compute_batch();
+            const int rows = chunk_rows(pairs), first_chunk = int(chunks.size());
+            for (int i = 0; i < pairs; i += rows) chunks.push_back({pair + i, std::min(rows, pairs - i), 0, 0});
+            segments.push_back({slots[expert], first_chunk, int(chunks.size())});
+            pairs_of_batch += pairs;
+            pair += pairs;
+        }
+    }
+    compute_batch();
+    return kOk;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+// result[num_rows][matrix.rows] = x[num_rows][matrix.columns] . matrix^T, with leading dimensions in elements.
+int32_t shoal_linear(int32_t family, int32_t arithmetic, const Matrix* matrix, const void* x, int32_t dtype,
+                     int64_t x_stride, int32_t num_rows, void* result, int32_t result_dtype,
+                     int64_t result_stride) try {
+    const Engine* engine = find_engine(family, arithmetic, *matrix);
+    if (!engine) return kUnsupported;
+    std::lock_guard<std::mutex> turn(Pool::instance().turn());
+    Job job(*engine);
+    struct Range {
+        int begin, end;
+    };
+    std::vector<Range> tasks;
+    const int panels = matrix->panels();
+    std::vector<Chunk> chunks;
+    for (int first = 0; first < num_rows; first += kBatchPairs) {
+        const int batch = std::min(num_rows - first, kBatchPairs), rows = chunk_rows(batch);
+        job.estimate(double(panels) * matrix->panel_bytes(), double(matrix->rows) * matrix->columns * batch);
+        chunks.clear();
+        tasks.clear();
+        size_t bytes = 0;
+        for (int i = 0; i < batch; i += rows) {
+            chunks.push_back({first + i, std::min(rows, batch - i), bytes, 0});
+            bytes += engine->packed_bytes(chunks.back().rows, matrix->columns);
+        }
+        uint8_t* packed = job.workspace().x.reserve(bytes);
+        job.run(chunks, [&](const Chunk& chunk, const Chunk*, int) {
+            const uint8_t* from =
+                static_cast<const uint8_t*>(x) + size_t(chunk.first_pair) * x_stride * (dtype == kBfloat16 ? 2 : 4);
+            engine->pack(Rows{from, Dtype(dtype), size_t(x_stride), nullptr, chunk.rows, matrix->columns},
+                         packed + chunk.at);
+        });
+        for (int panel = 0, end; panel < panels; panel = end) {
+            end = std::min(panel + panels_of_task(panels - panel, job.threads()), panels);
+            tasks.push_back({panel, end});
+        }
+        job.run(tasks, [&](const Range& task, const Range* next, int thread) {
+            const uint8_t* after = next ? matrix->cells + next->begin * matrix->panel_bytes() : nullptr;
+            for_chunks(*matrix, task.begin, task.end, int(chunks.size()), after, [&](const Panels& range, int i) {
+                const Chunk& chunk = chunks[i];
+                uint8_t* to = static_cast<uint8_t*>(result) +
+                              size_t(chunk.first_pair) * result_stride * (result_dtype == kBfloat16 ? 2 : 4);
+                const Output output{to,   Dtype(result_dtype), size_t(result_stride), kPanelRows, nullptr, nullptr,
+                                    false};
+                engine->project(range, packed + chunk.at, chunk.rows, output, job.scratch(thread));
+            });
+        });
+    }
+    return kOk;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+}  // extern "C"

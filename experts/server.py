@@ -1,0 +1,225 @@
+"""Serves one expert group over gRPC: experts.v1.ExpertService and grpc.health.v1.
+
+A synchronous server: every open stream holds one thread, which decodes a frame, waits for its turn, computes and
+answers, in the order of the stream. One frame of each stream waits for its turn at most (experts/batcher.py); the
+others wait in their stream, which HTTP/2 flow control bounds. Errors become a ComputeStatus here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from experts import wire
+from experts.batcher import Batcher
+from experts.errors import BadFrame, Draining, ExpertsError, NotHosted, Overloaded, StaleIncarnation
+from experts.group import ExpertGroup
+from experts.v1 import experts_pb2
+from experts.wire import MAX_MESSAGE_BYTES, SERVICE_NAME, ComputeFrame, ComputeStatus
+
+logger = logging.getLogger(__name__)
+
+# Calls beside the streams: Describe, and the health checks of Ray and of every router.
+_SPARE_THREADS = 32
+
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Routers ping idle streams every 20 s; without these the server would close them for pinging too often.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # A port belongs to one replica: starting a second one on it must fail.
+    ("grpc.so_reuseport", 0),
+)
+
+_STATUS_OF_ERROR: dict[type[ExpertsError], ComputeStatus] = {
+    BadFrame: ComputeStatus.BAD_REQUEST,
+    NotHosted: ComputeStatus.NOT_HOSTED,
+    StaleIncarnation: ComputeStatus.STALE_INCARNATION,
+    Overloaded: ComputeStatus.OVERLOADED,
+    Draining: ComputeStatus.DRAINING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaIdentity:
+    """Who this process is. incarnation: greater for every start of the same replica."""
+
+    group_name: str
+    replica_id: str
+    incarnation: int
+
+
+class ExpertServer:
+    """A gRPC server around one expert group.
+
+    start() -> endpoint; drain(grace_s) stops taking frames; stop() ends. start and stop are called once each, from
+    one thread; drain may be called from any.
+    """
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        identity: ReplicaIdentity,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        max_streams: int = 64,
+    ) -> None:
+        """port 0 takes a free one. max_streams: most streams open at once; a further call is refused."""
+        self._group = group
+        self._identity = identity
+        self._host = host
+        self._port = port
+        self._batcher = Batcher(group)
+        self._state = threading.Condition()
+        self._num_streams = 0
+        self._is_draining = False
+        num_threads = max_streams + _SPARE_THREADS
+        self._max_streams = max_streams
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="experts-grpc")
+        self._health = health.HealthServicer(experimental_non_blocking=True)
+        self._server = grpc.server(self._pool, options=_SERVER_OPTIONS, maximum_concurrent_rpcs=num_threads)
+
+    def start(self) -> str:
+        """Bind and serve. Returns "host:port". Raises RuntimeError or OSError if the port is taken."""
+        self._server.add_generic_rpc_handlers((self._make_handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._port = self._server.add_insecure_port(f"{self._host}:{self._port}")
+        if self._port == 0:
+            raise OSError(f"cannot listen on {self._host}")
+        self._server.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return self.endpoint
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self._host}:{self._port}"
+
+    @property
+    def num_streams(self) -> int:
+        """Streams open now."""
+        with self._state:
+            return self._num_streams
+
+    def drain(self, grace_s: float) -> None:
+        """Leave: report NOT_SERVING at once, go on answering until every stream is closed or grace_s is over,
+        then answer DRAINING. Blocks for at most grace_s."""
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        logger.info("draining replica_id=%s grace_s=%g", self._identity.replica_id, grace_s)
+        with self._state:
+            self._state.wait_for(lambda: self._num_streams == 0, timeout=grace_s)
+            self._is_draining = True
+
+    def stop(self, grace_s: float = 1.0) -> None:
+        """Refuse new calls, let frames being computed finish for grace_s, then close everything."""
+        self._health.enter_graceful_shutdown()
+        with self._state:
+            self._is_draining = True
+        self._server.stop(grace_s).wait()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _set_health(self, status: Any) -> None:
+        for service in ("", SERVICE_NAME):
+            self._health.set(service, status)
+
+    def _make_handlers(self) -> grpc.GenericRpcHandler:
+        """Handlers without serialisers for Compute: it takes and gives raw bytes."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Describe": grpc.unary_unary_rpc_method_handler(
+                    self._describe,
+                    request_deserializer=experts_pb2.DescribeRequest.FromString,
+                    response_serializer=experts_pb2.DescribeResponse.SerializeToString,
+                ),
+                "Compute": grpc.stream_stream_rpc_method_handler(self._compute_stream),
+            },
+        )
+
+    def _describe(self, request: experts_pb2.DescribeRequest, context: grpc.ServicerContext) -> Any:
+        return experts_pb2.DescribeResponse(
+            group_name=self._identity.group_name,
+            replica_id=self._identity.replica_id,
+            incarnation=self._identity.incarnation,
+            weight_digest=self._group.weight_digest,
+            numerics_id=self._group.numerics_id,
+            hosted=[wire.expert_range_to_proto(block) for block in self._group.hosted],
+            hidden_size=self._group.hidden_size,
+            max_rows=self._group.max_rows,
+            pid=os.getpid(),
+        )
+
+    def _compute_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Answer the frames of one router, one by one, until it closes the stream."""
+        with self._state:
+            is_full = self._num_streams >= self._max_streams
+            self._num_streams += not is_full
+        if is_full:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_streams} streams are open already")
+        try:
+            for data in requests:
+                yield self._answer(data, context)
+        finally:
+            with self._state:
+                self._num_streams -= 1
+                self._state.notify_all()
+
+    def _answer(self, data: bytes, context: grpc.ServicerContext) -> bytes:
+        """Compute one frame; whatever goes wrong with it becomes an answer to it."""
+        received_s = time.monotonic()
+        frame_id: int | None = None
+        try:
+            frame = wire.decode_request(data)
+            frame_id = frame.frame_id
+            return self._compute(frame, received_s, context)
+        except BadFrame as error:
+            if error.frame_id is None and frame_id is None:
+                # No number to answer to: the stream itself is broken.
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            return self._refuse(error.frame_id if frame_id is None else frame_id, ComputeStatus.BAD_REQUEST, str(error))
+        except ExpertsError as error:
+            return self._refuse(frame_id, _STATUS_OF_ERROR.get(type(error), ComputeStatus.INTERNAL), str(error))
+        except Exception as error:
+            if is_out_of_memory(error):
+                return self._refuse(frame_id, ComputeStatus.OVERLOADED, "out of memory for this frame")
+            logger.exception("frame failed frame_id=%s", frame_id)
+            return self._refuse(frame_id, ComputeStatus.INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _compute(self, frame: ComputeFrame, received_s: float, context: grpc.ServicerContext) -> bytes:
+        if self._is_draining:
+            raise Draining(f"replica {self._identity.replica_id} is draining")
+        if frame.incarnation != self._identity.incarnation:
+            raise StaleIncarnation(f"this is incarnation {self._identity.incarnation}, not {frame.incarnation}")
+        self._group.check_frame(frame)
+        computed = self._batcher.compute(frame, received_s + frame.deadline_ms / 1000, context.is_active)
+        return wire.encode_response(
+            frame_id=frame.frame_id,
+            incarnation=self._identity.incarnation,
+            tensor=computed.tensor,
+            queue_us=int((computed.started_s - received_s) * 1e6),
+            compute_us=int((computed.ended_s - computed.started_s) * 1e6),
+            dtype=frame.reply_dtype,
+        )
+
+    def _refuse(self, frame_id: int | None, status: ComputeStatus, message: str) -> bytes:
+        assert frame_id is not None
+        logger.debug("refused frame_id=%d status=%s: %s", frame_id, status.name, message)
+        return wire.encode_refusal(
+            frame_id=frame_id, incarnation=self._identity.incarnation, status=status, message=message
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an allocation that failed from other errors; torch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
