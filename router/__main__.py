@@ -1,0 +1,96 @@
+"""`python -m router`: one router without Ray, for tests and debugging.
+
+Prints one JSON line on stdout when it listens and its weights are loaded; logs go to stderr. SIGTERM and SIGINT drain
+it and end it with exit code 0; a checkpoint that cannot be served ends it with one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+
+import torch
+
+from experts.errors import ExpertsError
+from experts.wire import WireFormat
+from router.server import RouterConfig, RouterServer
+
+# How long a signal may go unnoticed while the weights load, which can take minutes.
+SIGNAL_LATENCY_S = 0.2
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
+    """The router's config, and the seconds that running sequences get when it is told to end."""
+    parser = argparse.ArgumentParser(prog="python -m router", description="Serve one router without Ray.")
+    parser.add_argument("--checkpoint", required=True, help="Hugging Face folder")
+    parser.add_argument("--expert", action="append", default=[], metavar="HOST:PORT", help="a replica; repeatable")
+    parser.add_argument("--router-id", default="r0")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of the trunk")
+    parser.add_argument(
+        "--wire-dtype",
+        choices=[choice.value for choice in WireFormat],
+        default=WireFormat.BFLOAT16.value,
+        help="of activations on the wire; fp8: out to the experts only",
+    )
+    parser.add_argument("--combine", choices=["reduced", "exact"], default="reduced")
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--max-model-len", type=int, default=None, help="tokens; default: the checkpoint's limit")
+    parser.add_argument("--max-batched-tokens", type=int, default=2048, help="tokens of one step")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences running at once")
+    parser.add_argument("--expert-wait-s", type=float, default=30.0, help="seconds to wait for a lost expert group")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads; default: all cores")
+    parser.add_argument("--drain-timeout-s", type=float, default=30.0)
+    options = parser.parse_args(arguments)
+    config = RouterConfig(
+        checkpoint=options.checkpoint,
+        router_id=options.router_id,
+        host=options.host,
+        port=options.port,
+        dtype=DTYPES[options.dtype],
+        wire_format=WireFormat(options.wire_dtype),
+        combine=options.combine,
+        deterministic=options.deterministic,
+        max_model_len=options.max_model_len,
+        max_batched_tokens=options.max_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        expert_wait_s=options.expert_wait_s,
+        num_threads=options.threads,
+        expert_endpoints=tuple(options.expert),
+    )
+    return config, options.drain_timeout_s
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    config, drain_timeout_s = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    server: RouterServer | None = None
+    try:
+        server = RouterServer(config)
+        endpoint = server.start()
+        while not server.is_loaded(SIGNAL_LATENCY_S):
+            if ended.is_set():
+                server.stop()
+                return 0
+    except (ExpertsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps({"endpoint": endpoint, "router_id": config.router_id, "pid": os.getpid()}), flush=True)
+    ended.wait()
+    server.drain(drain_timeout_s)
+    server.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""python -m router.api: the HTTP front under plain uvicorn, without Ray, for tests and debugging.
+
+Prints one JSON line, {"url", "pid"}, when it listens; logs go to stderr. SIGINT or SIGTERM let running requests
+finish, then it exits 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from experts.errors import ExpertsError
+from router.api.app import create_app
+from router.api.errors import TokenizerError
+from router.api.router_client import StaticEndpoints
+from router.api.settings import ApiSettings
+
+_DRAIN_TIMEOUT_S = 30
+
+
+def main() -> int:
+    arguments = _parse_arguments()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    settings = ApiSettings(
+        checkpoint=arguments.checkpoint,
+        served_model_names=tuple(arguments.served_model_name),
+        max_model_len=arguments.max_model_len,
+    )
+    try:
+        app = create_app(settings, StaticEndpoints(arguments.router))
+        listener = socket.create_server((arguments.host, arguments.port), backlog=2048)
+    except (ExpertsError, TokenizerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    config = uvicorn.Config(
+        app,
+        http="h11",  # Bounds the size of headers; httptools does not.
+        log_level="warning",
+        log_config=None,
+        timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
+        server_header=False,
+    )
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn drains on these and then raises them again, which would make a proper stop look like a death.
+        signal.signal(stop_signal, lambda *_: None)
+    _AnnouncingServer(config).run(sockets=[listener])
+    return 0
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
+            print(json.dumps({"url": f"http://{host}:{port}", "pid": os.getpid()}), flush=True)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m router.api", description="Serve the OpenAI API for routers.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the Hugging Face checkpoint")
+    parser.add_argument("--router", action="append", required=True, metavar="HOST:PORT", help="may be repeated")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0: a free one")
+    parser.add_argument("--served-model-name", action="append", default=[], help="may be repeated")
+    parser.add_argument("--max-model-len", type=int, help="context length in tokens; default: the checkpoint's")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

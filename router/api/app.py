@@ -1,0 +1,48 @@
+"""The HTTP front as an ASGI app. Knows no Ray: cluster/ hosts it in Ray Serve, __main__.py in plain uvicorn."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from router.api import chat, completions, health, models, tokenize
+from router.api.context import ApiContext
+from router.api.edge import Edge
+from router.api.errors import install_error_handlers
+from router.api.router_client import RouterEndpoints
+from router.api.settings import ApiSettings
+
+
+def create_app(settings: ApiSettings, router_endpoints: RouterEndpoints) -> FastAPI:
+    """Load the tokenizer and make the app. Raises ConfigError, TokenizerError."""
+    context = ApiContext(settings, router_endpoints)
+
+    @asynccontextmanager
+    async def run(_app: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        await context.close()
+
+    # The interactive documentation would load scripts from elsewhere.
+    app = FastAPI(lifespan=run, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.context = context
+    install_error_handlers(app)
+    for module in (completions, chat, models, tokenize, health):
+        app.include_router(module.routes)
+
+    @app.get("/version")
+    async def get_version() -> dict[str, str]:
+        return {"version": find_version()}
+
+    app.add_middleware(Edge, settings=settings)
+    return app
+
+
+def find_version() -> str:
+    """The installed version; "unknown" when run from a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("shoal")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,165 @@
+"""The checkpoint's own chat template: messages to the text of a prompt.
+
+Only the template that ships with the checkpoint is ever compiled, never one from a request, and it runs in jinja's
+sandbox without access to attributes that change anything. The sandbox bounds neither time nor memory, so the output
+is bounded here and callers render outside the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from router.api.chat_types import Message
+from router.api.errors import BadRequest, TokenizerError
+from router.api.markers import MarkerGuard
+from router.api.tokenizer import TextTokenizer
+
+# Most characters a rendered chat may have: what escaping can make of the messages, and roles and markers around them.
+_MAX_ESCAPED_LENGTH = 6
+_MAX_OVERHEAD_PER_MESSAGE = 4096
+# A refusal's text comes from the template; longer ones are cut.
+_MAX_REFUSAL_LENGTH = 300
+# Markers that an assistant's turn may bring back: templates cut earlier turns at them.
+_REASONING_MARKERS = frozenset({"<think>", "</think>"})
+
+
+class ChatTemplate:
+    """The compiled template. Safe to use from several threads."""
+
+    def __init__(self, source: str, tokenizer: TextTokenizer) -> None:
+        """Raises TokenizerError if the template does not compile."""
+        self._source = source
+        self._tokenizer = tokenizer
+        # A template that does not know the role would drop its messages in silence.
+        self._knows_developer = "developer" in source
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"chat template: does not compile: {error}") from error
+
+    @staticmethod
+    def from_checkpoint(folder: Path, tokenizer: TextTokenizer) -> ChatTemplate | None:
+        """The template of the folder: chat_template.jinja, or the one in tokenizer_config.json; None without one."""
+        path = folder / "chat_template.jinja"
+        if path.exists():
+            try:
+                return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer)
+            except (OSError, UnicodeDecodeError) as error:
+                raise TokenizerError(f"{path.name}: cannot be read: {error}") from error
+        source = tokenizer.config.get("chat_template")
+        if isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        return ChatTemplate(source, tokenizer) if isinstance(source, str) else None
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    def encode(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, switches: Mapping[str, bool]
+    ) -> list[int]:
+        """Render and tokenise a chat. Takes time: call it outside the event loop.
+
+        switches: further variables of the template. Raises BadRequest where the template refuses the messages.
+        """
+        typed = [text for message in messages for text in _texts_of(message)]
+        guard = self._tokenizer.guard([*typed, self._source])
+        variables = [self._template_message(message, guard) for message in messages]
+        max_characters = (
+            len(self._source)
+            + _MAX_ESCAPED_LENGTH * sum(map(len, typed))
+            + _MAX_OVERHEAD_PER_MESSAGE * (len(messages) + 1)
+        )
+        rendered = self._render(
+            max_characters,
+            messages=variables,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self._tokenizer.bos_token or "",
+            eos_token=self._tokenizer.eos_token or "",
+            pad_token=self._tokenizer.pad_token or "",
+            tools=None,
+            **switches,
+        )
+        return self._tokenizer.encode_guarded(rendered, guard)
+
+    def _render(self, max_characters: int, **variables: Any) -> str:
+        pieces: list[str] = []
+        num_characters = 0
+        try:
+            for piece in self._template.generate(**variables):
+                num_characters += len(piece)
+                if num_characters > max_characters:
+                    raise BadRequest("The chat template's output is too long.", param="messages")
+                pieces.append(piece)
+        except _RefusedByTemplate as error:
+            reason = str(error)[:_MAX_REFUSAL_LENGTH]
+            raise BadRequest(f"The model's chat template refuses these messages: {reason}", param="messages") from error
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise BadRequest("The model's chat template cannot render these messages.", param="messages") from error
+        return "".join(pieces)
+
+    def _template_message(self, message: Message, guard: MarkerGuard) -> dict[str, Any]:
+        role = "system" if message.role == "developer" and not self._knows_developer else message.role
+        allowed = _REASONING_MARKERS if role == "assistant" else frozenset[str]()
+        variables: dict[str, Any] = {"role": role, "content": None}
+        if message.content is not None:
+            variables["content"] = guard.protect(message.content, allowed=allowed)
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            value = getattr(message, name)
+            if value is not None:
+                variables[name] = guard.protect(value)
+        if message.tool_calls:
+            variables["tool_calls"] = [
+                {
+                    "type": call.type,
+                    "id": guard.protect(call.id or ""),
+                    "function": {
+                        "name": guard.protect(call.function.name),
+                        "arguments": guard.protect(call.function.arguments),
+                    },
+                }
+                for call in message.tool_calls
+            ]
+        return variables
+
+
+class _RefusedByTemplate(jinja2.TemplateError):
+    """The template called raise_exception; its message is the checkpoint's own text."""
+
+
+def _texts_of(message: Message) -> list[str]:
+    texts = [message.content, message.name, message.tool_call_id, message.reasoning_content]
+    for call in message.tool_calls or ():
+        texts += [call.id, call.function.name, call.function.arguments]
+    return [text for text in texts if text is not None]
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment that published templates are written for (as transformers sets it up)."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _format_now
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
+    """Without the HTML escapes of jinja's own filter."""
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _RefusedByTemplate(message)
+
+
+def _format_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,189 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from router.api.completions_types import DEFAULT_MAX_TOKENS, CompletionRequest
+from router.api.connection import encode_json, open_stream, until_gone
+from router.api.context import ApiContext, get_context
+from router.api.errors import BadRequest
+from router.api.fields import parse_request
+from router.api.generation import Delta, FinishReason, SequencePlan, generate
+from router.api.logprobs import TokenEntry, completion_logprobs
+from router.api.usage import make_usage
+from router.v1 import router_pb2
+
+routes = APIRouter()
+
+
+@routes.post("/v1/completions")
+async def create_completion(request: Request) -> Response:
+    context = get_context(request)
+    body = parse_request(CompletionRequest, await context.read_json(request))
+    model = context.resolve_model(body.model)
+    job = await until_gone(request, _prepare(context, body, model, request.state.request_id))
+    if body.stream:
+        return await open_stream(request, _stream(context, job), context.settings)
+    return await until_gone(request, _collect(context, job))
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    id: str
+    created: int
+    model: str
+    body: CompletionRequest
+    plans: list[SequencePlan]
+    num_prompt_tokens: int
+    """Each prompt once, whatever n."""
+
+    def envelope(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+async def _prepare(context: ApiContext, body: CompletionRequest, model: str, request_id: str) -> _Job:
+    num_sequences = len(body.prompt) * body.num_choices
+    if num_sequences > context.settings.max_sequences:
+        raise BadRequest(
+            f"A request may ask for at most {context.settings.max_sequences} sequences (prompts times n).",
+            param="n" if body.num_choices > 1 else "prompt",
+        )
+    context.check_token_ids(body.stop_token_ids, "stop_token_ids")
+    skip_special_tokens = body.skip_special_tokens is not False
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    encoded = iter(await context.encode_texts(texts, add_special_tokens=body.add_special_tokens is not False))
+    plans: list[SequencePlan] = []
+    num_prompt_tokens = 0
+    for prompt in body.prompt:
+        token_ids = next(encoded) if isinstance(prompt, str) else prompt
+        context.check_token_ids(token_ids, "prompt")
+        if not token_ids:
+            raise BadRequest("prompt: must have at least one token.", param="prompt")
+        num_prompt_tokens += len(token_ids)
+        max_tokens = context.limit_tokens(len(token_ids), body.token_limit, DEFAULT_MAX_TOKENS, "prompt")
+        echo = None
+        if body.echo:
+            echo = (
+                prompt
+                if isinstance(prompt, str)
+                else context.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            )
+        seed = body.draw_seed()
+        for choice in range(body.num_choices):
+            index = len(plans)
+            generate_request = router_pb2.GenerateRequest(
+                request_id=f"{request_id}-{index}",
+                prompt_token_ids=token_ids,
+                sampling=body.sampling_params(seed + choice, context.sampling_defaults),
+                max_tokens=max_tokens,
+                stop_token_ids=body.stop_token_ids,
+                ignore_eos=bool(body.ignore_eos),
+                min_tokens=min(body.min_tokens or 0, max_tokens),
+                logprobs=body.logprobs,
+                prompt_logprobs=body.logprobs if body.echo else None,
+            )
+            plans.append(
+                SequencePlan(
+                    index=index,
+                    request=generate_request,
+                    stops=body.stop,
+                    include_stop=bool(body.include_stop_str_in_output),
+                    skip_special_tokens=skip_special_tokens,
+                    echo=echo,
+                )
+            )
+    return _Job(f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, body, plans, num_prompt_tokens)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """A choice as it grows, for an answer in one piece."""
+
+    index: int
+    text: str
+    tokens: list[TokenEntry]
+    num_tokens: int
+    finish_reason: FinishReason | None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.tokens.extend(delta.prompt_tokens)
+        self.tokens.extend(delta.tokens)
+        self.num_tokens += len(delta.tokens)
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
+async def _collect(context: ApiContext, job: _Job) -> Response:
+    choices = [_Choice(plan.index, "", [], 0, None) for plan in job.plans]
+    async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
+        async for delta in deltas:
+            choices[delta.index].add(delta)
+
+    def build() -> dict[str, Any]:
+        return {
+            **job.envelope(),
+            "choices": [
+                _format_choice(context, job, choice.index, choice.text, choice.tokens, choice.finish_reason)
+                for choice in choices
+            ],
+            "usage": make_usage(job.num_prompt_tokens, sum(choice.num_tokens for choice in choices)),
+        }
+
+    num_logprobs = 0 if job.body.logprobs is None else sum(len(choice.tokens) for choice in choices)
+    return Response(await context.build_json(build, num_tokens=num_logprobs), media_type="application/json")
+
+
+async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]:
+    envelope = job.envelope()
+    num_tokens = 0
+
+    async def encode_choice(
+        delta: Delta, text: str, entries: list[TokenEntry], finish_reason: FinishReason | None
+    ) -> bytes:
+        def build() -> dict[str, Any]:
+            choice = _format_choice(context, job, delta.index, text, entries, finish_reason)
+            return {**envelope, "choices": [choice]}
+
+        return await context.build_json(build, num_tokens=0 if job.body.logprobs is None else len(entries))
+
+    async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
+        async for delta in deltas:
+            num_tokens += len(delta.tokens)
+            entries = [*delta.prompt_tokens, *delta.tokens]
+            if delta.text or (entries and job.body.logprobs is not None):
+                yield await encode_choice(delta, delta.text, entries, None)
+            if delta.finish_reason is not None:
+                yield await encode_choice(delta, "", [], delta.finish_reason)
+    if job.body.include_usage:
+        yield encode_json({**envelope, "choices": [], "usage": make_usage(job.num_prompt_tokens, num_tokens)})
+
+
+def _format_choice(
+    context: ApiContext,
+    job: _Job,
+    index: int,
+    text: str,
+    entries: list[TokenEntry],
+    finish_reason: FinishReason | None,
+) -> dict[str, Any]:
+    has_logprobs = job.body.logprobs is not None and bool(entries)
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": completion_logprobs(entries, context.tokenizer) if has_logprobs else None,
+        "finish_reason": finish_reason,
+    }

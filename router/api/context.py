@@ -1,0 +1,114 @@
+"""What all routes share: settings, tokenizer, template, routers, threads. Made once per app."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
+
+from fastapi import Request
+
+from experts.model_config import ModelConfig
+from router.api.chat_template import ChatTemplate
+from router.api.connection import encode_json
+from router.api.errors import BadRequest, ContextLengthExceeded, ModelNotFound
+from router.api.json_body import read_json
+from router.api.router_client import RouterClient, RouterEndpoints
+from router.api.sampling_defaults import SamplingDefaults
+from router.api.settings import ApiSettings
+from router.api.tokenizer import TextTokenizer
+
+ResultT = TypeVar("ResultT")
+
+# Text up to here is tokenised on the event loop, in less than a millisecond.
+_INLINE_CHARACTERS = 2048
+# Answers with more log probabilities than this are formatted by a thread.
+_INLINE_TOKENS = 512
+
+
+class ApiContext:
+    """Loads everything but weights from the checkpoint. Raises ConfigError, TokenizerError."""
+
+    def __init__(self, settings: ApiSettings, endpoints: RouterEndpoints) -> None:
+        config = ModelConfig.from_folder(settings.checkpoint)
+        self.settings = settings
+        self.model_names = settings.served_model_names or (settings.checkpoint.resolve().name,)
+        self.max_model_len = config.max_position_embeddings
+        if settings.max_model_len is not None:
+            self.max_model_len = min(settings.max_model_len, config.max_position_embeddings)
+        self.vocab_size = config.vocab_size
+        self.created_at_s = int(time.time())
+        self.sampling_defaults = SamplingDefaults.from_checkpoint(settings.checkpoint)
+        self.tokenizer = TextTokenizer(settings.checkpoint)
+        self.chat_template = ChatTemplate.from_checkpoint(settings.checkpoint, self.tokenizer)
+        self.routers = RouterClient(endpoints, settings, config.eos_token_ids)
+        self._threads = ThreadPoolExecutor(settings.num_text_threads, thread_name_prefix="text")
+
+    async def close(self) -> None:
+        await self.routers.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def read_json(self, request: Request) -> Any:
+        """The decoded body. Raises what json_body.read_json raises."""
+        return await read_json(
+            request,
+            max_bytes=self.settings.max_body_bytes,
+            timeout_s=self.settings.body_timeout_s,
+            executor=self._threads,
+        )
+
+    async def run_in_thread(self, function: Callable[[], ResultT]) -> ResultT:
+        """For work that would stall the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    def resolve_model(self, name: str | None) -> str:
+        """The name to answer under; the first one served where the request names none.
+
+        Raises ModelNotFound; the message does not repeat the name.
+        """
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            raise ModelNotFound(f"No such model; served here: {', '.join(self.model_names)}.", param="model")
+        return name
+
+    async def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            return [self.tokenizer.encode_raw(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+            return encode()
+        return await self.run_in_thread(encode)
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raises BadRequest if an id is none of the model's."""
+        if token_ids and max(token_ids) >= self.vocab_size:
+            raise BadRequest(f"{param}: token ids must be less than {self.vocab_size}.", param=param)
+
+    def limit_tokens(self, num_prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
+        """Number of tokens to generate for a prompt. asked: None where the request does not say, then at most
+        default (None: whatever fits). Raises ContextLengthExceeded, with both numbers, naming param."""
+        room = self.max_model_len - num_prompt_tokens
+        wanted = 1 if asked is None else asked
+        if wanted > room:
+            raise ContextLengthExceeded(
+                f"This model's context is {self.max_model_len} tokens, but the request needs at least "
+                f"{num_prompt_tokens + wanted}: {num_prompt_tokens} in the prompt and {wanted} for the answer.",
+                param=param,
+            )
+        if asked is not None:
+            return asked
+        return room if default is None else min(default, room)
+
+    async def build_json(self, build: Callable[[], Any], *, num_tokens: int) -> bytes:
+        """Encode what build returns. num_tokens: how many log probabilities it has to format."""
+        if num_tokens <= _INLINE_TOKENS:
+            return encode_json(build())
+        return await self.run_in_thread(lambda: encode_json(build()))
+
+
+def get_context(request: Request) -> ApiContext:
+    """The context of the app that handles request."""
+    return cast(ApiContext, request.app.state.context)

@@ -1,0 +1,44 @@
+"""Settings of the HTTP front: one frozen dataclass, filled by the command line or by cluster/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """What the front serves and the bounds it keeps. Bounds are refusals, never truncations."""
+
+    checkpoint: Path
+    """Folder of the Hugging Face checkpoint: config.json and the tokenizer files are read, no weights."""
+    served_model_names: tuple[str, ...] = ()
+    """Names that requests may give as `model`, the first one being answered; empty: the folder's name."""
+    max_model_len: int | None = None
+    """Context length in tokens, prompt and answer together; None: the checkpoint's max_position_embeddings.
+    Must not be larger than the routers' own."""
+    request_timeout_s: float = 600.0
+    """Longest life of one request; the same 600 s as the openai client's default."""
+    router_retry_s: float = 15.0
+    """How long a request that no router takes is offered again before it is answered with 503."""
+    status_timeout_s: float = 2.0
+    """Deadline of one question for a router's status."""
+    max_step_s: float = 60.0
+    """A router whose current step runs longer counts as stuck: not ready."""
+    body_timeout_s: float = 30.0
+    """Longest time that a client may take to send its body."""
+    send_timeout_s: float = 60.0
+    """A client that does not read a chunk of its stream for this long counts as gone."""
+    ping_interval_s: float = 15.0
+    """A comment is sent on a silent stream this often, so that proxies keep it open."""
+    retry_after_s: int = 2
+    """Advice to clients that are turned away for the moment."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_concurrent_requests: int = 1024
+    """Requests for text being worked on in this process; more are answered with 429."""
+    max_sequences: int = 128
+    """Most sequences one request may ask for: prompts times n."""
+    max_messages: int = 4096
+    """Most messages of one chat."""
+    num_text_threads: int = 2
+    """Threads for tokenising, templates and large JSON, which would stall the event loop."""

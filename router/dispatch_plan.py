@@ -1,0 +1,110 @@
+"""Which rows go to which expert group: a pure function of the gate's choice and the expert table.
+
+Worked example: 3 rows, top-2 of 4 experts, experts 0-1 in group 0 and 2-3 in group 1.
+
+    topk_ids [[1, 0], [3, 2], [0, 3]]  ->  group 0: row_ids [0, 2], pairs (0, e0) (0, e1) (1, e0)
+                                           group 1: row_ids [1, 2], pairs (0, e2) (0, e3) (1, e3)
+
+Row 0 travels once to group 0 although two of its experts live there; group 1 never sees it. A group that no row
+chose gets no frame at all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class GroupFrame(NamedTuple):
+    """The part of one layer's batch that one group computes.
+
+    row_ids: [num_rows] int64, rows of the batch, ascending and distinct.
+    pair_rows: [num_pairs] int32, positions in row_ids; pairs are sorted by row, then expert.
+    pair_experts: [num_pairs] int32.  pair_weights: [num_pairs] float32.
+    pair_slots: [num_pairs] int64, row * num_experts_per_tok + rank of the expert among the row's, ascending by id.
+    """
+
+    group_index: int
+    row_ids: npt.NDArray[np.int64]
+    pair_rows: npt.NDArray[np.int32]
+    pair_experts: npt.NDArray[np.int32]
+    pair_weights: npt.NDArray[np.float32]
+    pair_slots: npt.NDArray[np.int64]
+
+
+def plan_frames(
+    topk_ids: npt.NDArray[np.int64],
+    topk_weights: npt.NDArray[np.float32],
+    expert_groups: npt.NDArray[np.int64],
+) -> list[GroupFrame]:
+    """Split a layer's batch into one frame per expert group that any row chose, in the table's group order.
+
+    topk_ids: [num_tokens, num_experts_per_tok] int64; a negative id is no choice and is skipped.
+    topk_weights: the same shape, float32.
+    expert_groups: [n_routed_experts], group index of each expert (ExpertTable.expert_groups).
+    Raises LookupError naming the expert if a chosen one is served by no group.
+    """
+    num_tokens, num_experts_per_tok = topk_ids.shape
+    if not topk_ids.size:
+        return []
+    order = np.argsort(topk_ids, axis=1, kind="stable")
+    # Into the flattened arrays: take_along_axis takes three times as long on a few rows.
+    order += np.arange(0, num_tokens * num_experts_per_tok, num_experts_per_tok)[:, None]
+    experts = topk_ids.ravel()[order.ravel()]
+    weights = topk_weights.ravel()[order.ravel()]
+    groups = np.where(experts >= 0, expert_groups[experts], -2)
+    unserved = experts[groups == -1]
+    if unserved.size:
+        raise LookupError(f"expert {int(unserved[0])} is served by no expert group")
+    # Everything is computed once for all groups, then cut: small numpy calls are what a plan of a few rows costs.
+    slots = np.argsort(groups, kind="stable")  # by group, then row, then expert
+    groups = groups[slots]
+    rows = slots // num_experts_per_tok
+    pair_experts = experts[slots].astype(np.int32)
+    pair_weights = weights[slots]
+    is_first = np.empty(slots.size, dtype=bool)  # of its row in its group
+    is_first[0] = True
+    is_first[1:] = (rows[1:] != rows[:-1]) | (groups[1:] != groups[:-1])
+    row_ids = rows[is_first]
+    pair_rows = np.cumsum(is_first, dtype=np.int32) - np.int32(1)
+    starts = np.flatnonzero(np.diff(groups, prepend=-3)).tolist()
+    frames: list[GroupFrame] = []
+    for start, end in zip(starts, [*starts[1:], slots.size], strict=True):
+        if groups[start] < 0:
+            continue
+        first_row, last_row = int(pair_rows[start]), int(pair_rows[end - 1])
+        frames.append(
+            GroupFrame(
+                group_index=int(groups[start]),
+                row_ids=row_ids[first_row : last_row + 1],
+                pair_rows=pair_rows[start:end] - np.int32(first_row),
+                pair_experts=pair_experts[start:end],
+                pair_weights=pair_weights[start:end],
+                pair_slots=slots[start:end],
+            )
+        )
+    return frames
+
+
+def split_frame(frame: GroupFrame, max_rows: int) -> list[GroupFrame]:
+    """Cut a frame into parts of at most max_rows rows, so that each fits in one message. Sums do not change."""
+    if len(frame.row_ids) <= max_rows:
+        return [frame]
+    parts: list[GroupFrame] = []
+    for start in range(0, len(frame.row_ids), max_rows):
+        stop = min(start + max_rows, len(frame.row_ids))
+        first, last = np.searchsorted(frame.pair_rows, [start, stop])
+        pairs = slice(int(first), int(last))
+        parts.append(
+            GroupFrame(
+                group_index=frame.group_index,
+                row_ids=frame.row_ids[start:stop],
+                pair_rows=frame.pair_rows[pairs] - np.int32(start),
+                pair_experts=frame.pair_experts[pairs],
+                pair_weights=frame.pair_weights[pairs],
+                pair_slots=frame.pair_slots[pairs],
+            )
+        )
+    return parts

@@ -1,0 +1,148 @@
+"""The router's matrix products, behind one seam: the native CPU kernel where it is to be had, else torch.
+
+The native kernel keeps FP8 matrices as FP8 and gives a row the same bits whatever rows stand beside it. torch
+multiplies matrices expanded to the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from experts.kernels import cpu_ffn
+from experts.kernels.cpu_ffn import ScaledWeight
+from experts.quantization import dequantize_block
+
+
+class Linear(Protocol):
+    """x [..., in] -> [..., out]."""
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """out_dtype: float32 asks for the accumulated sums unrounded; None: x's dtype."""
+        ...
+
+
+class Mlp(Protocol):
+    """down(silu(gate(x)) * up(x)), x [num_rows, hidden_size] -> the same shape, float32."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class LinearFactory(Protocol):
+    """Turns stored weights into products."""
+
+    def linear(self, *weights: ScaledWeight) -> Linear:
+        """One product for matrices with the same input: their outputs side by side."""
+        ...
+
+    def gate(self, weight: Tensor) -> Linear:
+        """The gate's matrix, float32: it computes in float32 whatever the others do."""
+        ...
+
+    def mlp(self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight) -> Mlp: ...
+
+
+def choose_linear_factory(dtype: torch.dtype) -> LinearFactory:
+    """The native kernel with as many threads as torch is set to, else torch. dtype: to compute in."""
+    kernel = cpu_ffn.load_cpu_kernel(dtype)
+    if kernel is None:
+        return TorchFactory(dtype)
+    kernel.set_num_threads_(torch.get_num_threads())
+    return NativeFactory(kernel, TorchFactory(dtype))
+
+
+class TorchFactory:
+    """Matrices expanded to the compute dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def linear(self, *weights: ScaledWeight) -> Linear:
+        return _TorchLinear(torch.cat([expand(weight).to(self._dtype) for weight in weights]))
+
+    def gate(self, weight: Tensor) -> Linear:
+        return _TorchLinear(weight)
+
+    def mlp(self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight) -> Mlp:
+        return _TorchMlp(self.linear(gate, up), self.linear(down))
+
+
+class NativeFactory:
+    """Packed matrices. What the kernel does not take (FP16, odd scale blocks) goes to torch."""
+
+    def __init__(self, kernel: cpu_ffn.CpuKernel, fallback: TorchFactory) -> None:
+        self._kernel = kernel
+        self._fallback = fallback
+
+    def linear(self, *weights: ScaledWeight) -> Linear:
+        if not all(cpu_ffn.can_pack(weight.weight.dtype, weight.block) for weight in weights):
+            return self._fallback.linear(*weights)
+        return _NativeLinear(self._kernel, [self._kernel.pack_linear(weight) for weight in weights])
+
+    def gate(self, weight: Tensor) -> Linear:
+        return _NativeLinear(self._kernel, [self._kernel.pack_linear(ScaledWeight(weight))])
+
+    def mlp(self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight) -> Mlp:
+        if not all(cpu_ffn.can_pack(weight.weight.dtype, weight.block) for weight in (gate, up, down)):
+            return self._fallback.mlp(gate, up, down)
+        return _NativeMlp(self._kernel, cpu_ffn.PackedLayer({0: self._kernel.pack_expert(gate, up, down)}))
+
+
+def expand(weight: ScaledWeight) -> Tensor:
+    """[out, in] without scales: float32 if it was FP8, else as stored."""
+    if weight.scale_inv is None:
+        return weight.weight
+    return dequantize_block(weight.weight, weight.scale_inv, weight.block)
+
+
+@dataclass(frozen=True)
+class _TorchLinear:
+    weight: Tensor
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return functional.linear(x, self.weight).to(out_dtype or x.dtype)
+
+
+@dataclass(frozen=True)
+class _TorchMlp:
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(functional.silu(gate) * up).float()
+
+
+@dataclass(frozen=True)
+class _NativeLinear:
+    kernel: cpu_ffn.CpuKernel
+    matrices: list[cpu_ffn.PackedMatrix]
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        if len(self.matrices) == 1:
+            return self.kernel.linear(x, self.matrices[0], out_dtype)
+        return torch.cat([self.kernel.linear(x, matrix, out_dtype) for matrix in self.matrices], dim=-1)
+
+
+@dataclass(frozen=True)
+class _NativeMlp:
+    """A dense MLP or a shared expert is a layer with one expert that every row chooses with weight 1."""
+
+    kernel: cpu_ffn.CpuKernel
+    layer: cpu_ffn.PackedLayer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        num_rows = x.shape[0]
+        return self.kernel.expert_ffn(
+            x,
+            np.arange(num_rows, dtype=np.int32),
+            np.zeros(num_rows, dtype=np.int32),
+            np.ones(num_rows, dtype=np.float32),
+            self.layer,
+            exact=False,
+        )

@@ -1,0 +1,147 @@
+"""From logits to tokens, vectorised over the batch.
+
+Sampling is Gumbel-max: argmax(log p + g) with g Gumbel noise has exactly the distribution p. The noise is a hash of
+(seed, position, token id), so a token depends on its own sequence only and a sequence can be continued on another
+router, or verified several tokens at once, with the same outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 keep every token. seed: unsigned 64 bits."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+
+
+class SampleRow(NamedTuple):
+    """One row to sample. position: of the token to be sampled. banned_ids: may not be sampled now."""
+
+    params: SamplingParams
+    position: int
+    banned_ids: tuple[int, ...]
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """logits: [num_rows, vocab_size] float32, not changed. Returns [num_rows] int64.
+
+    Order as in vLLM: temperature, then min-p, top-k and top-p on the tempered distribution.
+    """
+    if any(row.banned_ids for row in rows):
+        logits = logits.clone()
+        for index, row in enumerate(rows):
+            logits[index, list(row.banned_ids)] = float("-inf")
+    random_rows = [index for index, row in enumerate(rows) if row.params.temperature > 0]
+    if not random_rows:
+        return logits.argmax(dim=-1)
+    if len(random_rows) == len(rows):
+        return _sample_random(logits, rows)
+    token_ids = logits.argmax(dim=-1)
+    chosen = torch.tensor(random_rows)
+    token_ids[chosen] = _sample_random(logits[chosen], [rows[index] for index in random_rows])
+    return token_ids
+
+
+def _sample_random(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    params = [row.params for row in rows]
+    # Distances from the best token, which thus stays at 0: a temperature near 0 would make several logits infinite.
+    below_best = logits - logits.amax(dim=-1, keepdim=True)
+    tempered = below_best / torch.tensor([p.temperature for p in params]).unsqueeze(1)
+    if any(p.min_p > 0 for p in params):
+        floor = torch.tensor([p.min_p for p in params]).log().unsqueeze(1)
+        tempered = tempered.masked_fill(tempered < floor, float("-inf"))
+    if any(p.top_k > 0 or p.top_p < 1 for p in params):
+        tempered = _keep_top(tempered, params)
+    noise = gumbel_noise([p.seed for p in params], [row.position for row in rows], tempered.shape[-1])
+    return (tempered + noise).argmax(dim=-1)
+
+
+def _keep_top(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Mask what top-k and top-p leave out. The best token always stays."""
+    vocab_size = logits.shape[-1]
+    ordered, token_ids = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(vocab_size)
+    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params]).unsqueeze(1)
+    ordered = ordered.masked_fill(ranks >= top_k, float("-inf"))
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the better tokens
+    top_p = torch.tensor([p.top_p for p in params]).unsqueeze(1)
+    ordered = ordered.masked_fill((before >= top_p) & (top_p < 1) & (ranks > 0), float("-inf"))
+    return torch.empty_like(logits).scatter_(1, token_ids, ordered)
+
+
+def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], vocab_size: int) -> Tensor:
+    """[num_rows, vocab_size] float32 standard Gumbel noise, a pure function of (seed, position, token id)."""
+    keys = torch.tensor(
+        [_as_int64(_mix_int(seed ^ _mix_int(position))) for seed, position in zip(seeds, positions, strict=True)]
+    )
+    bits = _mix(keys.unsqueeze(1) + torch.arange(1, vocab_size + 1) * _as_int64(_GOLDEN))
+    uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)  # in (0, 1)
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+# splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): increment and mixer.
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def _as_int64(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix_int(value: int) -> int:
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
+    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
+    return value ^ (value >> 31)
+
+
+def _mix(values: Tensor) -> Tensor:
+    """The mixer on int64 tensors, whose products wrap as unsigned ones do."""
+    values = (values ^ _shift_right(values, 30)) * _as_int64(_MIX_1)
+    values = (values ^ _shift_right(values, 27)) * _as_int64(_MIX_2)
+    return values ^ _shift_right(values, 31)
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64's own shift repeats the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class TokenLogprobs(NamedTuple):
+    """One row: the chosen token's log-probability and the most probable alternatives, best first."""
+
+    logprob: float
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Of the model's own distribution, before temperature and masks.
+
+    logits: [num_rows, vocab_size] float32; token_ids: [num_rows] int64; num_top: alternatives wanted per row.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1).tolist()
+    most = min(max(num_top, default=0), logits.shape[-1])
+    if most == 0:
+        return [TokenLogprobs(value, [], []) for value in own]
+    top = logprobs.topk(most, dim=-1)
+    return [
+        TokenLogprobs(value, ids[:count], values[:count])
+        for value, ids, values, count in zip(own, top.indices.tolist(), top.values.tolist(), num_top, strict=True)
+    ]

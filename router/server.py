@@ -1,0 +1,281 @@
+"""One router in one process: loads the trunk, owns the event loop, serves the gRPC service.
+
+The loop runs in a thread of its own, so that the host (a Ray actor, or `python -m router`) keeps its own main thread.
+Engine, connections and RPC handlers share that loop: no locks, and one step is one turn of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc.aio
+import psutil
+import torch
+import uvloop
+
+from experts.checkpoint import Checkpoint
+from experts.errors import ConfigError
+from experts.kernels.cpu_ffn import load_cpu_kernel
+from experts.memory import get_available_bytes
+from experts.model_config import ModelConfig
+from experts.wire import MAX_MESSAGE_BYTES, WireFormat
+from router.dispatch import CombineMode, Dispatcher, DispatchOptions
+from router.engine import Engine
+from router.errors import NotReady
+from router.expert_pool import ExpertPool
+from router.latent_cache import cache_bytes_per_token
+from router.scheduler import SchedulerLimits
+from router.service import RouterService, wait_drained
+from router.static_experts import StaticExperts
+from router.trunk import Trunk
+from router.v1 import router_pb2_grpc
+from router.weights import load_trunk_weights
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 30.0
+STOP_GRACE_S = 2.0
+# Share of the memory that is free after loading which sequences may fill with their latent cache.
+CACHE_MEMORY_SHARE = 0.5
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """max_model_len: tokens of prompt and answer; None: the checkpoint's max_position_embeddings.
+    expert_endpoints: host:port of known replicas; empty: wait for UpdateExpertTable. num_threads: of torch; None: its
+    default. call_timeout_s: one attempt of one expert call. expert_wait_s: for a group with no usable replica."""
+
+    checkpoint: str
+    router_id: str = "r0"
+    host: str = "127.0.0.1"
+    port: int = 0
+    dtype: torch.dtype = torch.bfloat16
+    wire_format: WireFormat = WireFormat.BFLOAT16
+    combine: CombineMode = "reduced"
+    deterministic: bool = False
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_batched_tokens: int = 2048
+    max_waiting: int = 1024
+    call_timeout_s: float = 30.0
+    expert_wait_s: float = 30.0
+    num_threads: int | None = None
+    expert_endpoints: tuple[str, ...] = ()
+
+
+class RouterServer:
+    """Thread-safe from outside; everything inside happens on its event loop."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        """Reads the checkpoint's config and index, no weights. Raises ConfigError or CheckpointError."""
+        self._config = config
+        self._checkpoint = Checkpoint(config.checkpoint)
+        self._model: ModelConfig = self._checkpoint.config
+        self._max_model_len = _resolve_max_model_len(config, self._model)
+        if config.max_num_seqs > config.max_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs ({config.max_num_seqs}) must not exceed max_batched_tokens ({config.max_batched_tokens})"
+            )
+        if config.deterministic and load_cpu_kernel(config.dtype) is None:
+            raise ConfigError(
+                "deterministic output needs the native CPU kernel (torch's products depend on the rows beside a row): "
+                "install g++ 11 or newer, or serve with --no-deterministic"
+            )
+        self._engine: Engine | None = None
+        self._drain_requested = False
+        self._pool: ExpertPool | None = None
+        self._load_progress = 0.0
+        self._is_stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._server: grpc.aio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loaded: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    @property
+    def router_id(self) -> str:
+        return self._config.router_id
+
+    @property
+    def engine(self) -> Engine | None:
+        return self._engine
+
+    @property
+    def pool(self) -> ExpertPool:
+        assert self._pool is not None  # made before the service listens
+        return self._pool
+
+    @property
+    def load_progress(self) -> float:
+        return self._load_progress
+
+    def start(self) -> str:
+        """Listen, and load the weights meanwhile. Returns host:port. Raises OSError if the port is taken."""
+        if self._config.num_threads is not None:
+            torch.set_num_threads(self._config.num_threads)
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="router", daemon=True)
+        self._thread.start()
+        return self._submit(self._listen()).result(START_TIMEOUT_S)
+
+    def wait_loaded(self, timeout_s: float | None = None) -> None:
+        """Block until the weights are loaded. Raises what loading raised, or TimeoutError."""
+        self._loaded.result(timeout_s)
+
+    def is_loaded(self, wait_s: float) -> bool:
+        """Whether the weights are loaded, waiting at most wait_s for it. Raises what loading raised."""
+        concurrent.futures.wait([self._loaded], timeout=wait_s)
+        if not self._loaded.done():
+            return False
+        self._loaded.result()
+        return True
+
+    def drain(self, timeout_s: float) -> int:
+        """Take nothing new and let what runs finish. Returns the number of sequences left when the time was over."""
+        return self._submit(self._drain(timeout_s)).result(timeout_s + START_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """End the service, the connections and the loop. Running calls are ended as UNAVAILABLE."""
+        if self._loop is None or self._thread is None:
+            return
+        self._is_stopping = True
+        self._submit(self._close()).result(START_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(START_TIMEOUT_S)
+        self._loop = None
+
+    def _submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _run_loop(self) -> None:
+        assert self._loop is not None
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    async def _listen(self) -> str:
+        self._pool = ExpertPool(self._model)
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            )
+        )
+        router_pb2_grpc.add_RouterServiceServicer_to_server(RouterService(self), self._server)
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        await self._server.start()
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._load_and_run(), name="engine"))
+        if self._config.expert_endpoints:
+            static = StaticExperts(self._config.expert_endpoints, self._pool)
+            self._tasks.append(loop.create_task(static.run(), name="static experts"))
+        return f"{self._config.host}:{port}"
+
+    async def _load_and_run(self) -> None:
+        config = self._config
+        try:
+            weights = await asyncio.to_thread(
+                load_trunk_weights, self._checkpoint, config.dtype, on_layer=self._set_load_progress
+            )
+            dispatcher = Dispatcher(
+                self.pool,
+                DispatchOptions(config.wire_format, config.combine, config.call_timeout_s, config.expert_wait_s),
+            )
+            with torch.inference_mode():
+                trunk = Trunk(
+                    self._model,
+                    weights,
+                    dispatcher,
+                    max_model_len=self._max_model_len,
+                    deterministic=config.deterministic,
+                )
+            self._engine = Engine(
+                self._model, trunk, self._limits(), max_model_len=self._max_model_len, dtype=config.dtype
+            )
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            raise
+        self._loaded.set_result(None)
+        if self._drain_requested:
+            self._engine.start_drain()
+        try:
+            await self._engine.run()
+        finally:
+            if not self._is_stopping:
+                # It never ends by itself. A process without it would look alive and answer nobody: be restarted.
+                logger.critical("the engine ended; ending the process", exc_info=True)
+                os._exit(1)
+
+    def _limits(self) -> SchedulerLimits:
+        per_token = cache_bytes_per_token(self._model, self._config.dtype)
+        # A container may be allowed less than the machine has left, which is all that psutil knows.
+        available_bytes = get_available_bytes()
+        if available_bytes is None:
+            available_bytes = psutil.virtual_memory().available
+        num_tokens = int(available_bytes * CACHE_MEMORY_SHARE) // per_token
+        num_tokens = min(num_tokens, self._config.max_num_seqs * self._max_model_len)
+        logger.info(
+            "latent cache tokens=%d bytes_per_token=%d requests_at_full_length=%.1f max_model_len=%d",
+            num_tokens,
+            per_token,
+            num_tokens / self._max_model_len,
+            self._max_model_len,
+        )
+        return SchedulerLimits(
+            max_num_seqs=self._config.max_num_seqs,
+            max_batched_tokens=self._config.max_batched_tokens,
+            max_cached_tokens=num_tokens,
+            max_waiting=self._config.max_waiting,
+        )
+
+    def _set_load_progress(self, fraction: float) -> None:
+        """Called by the loading thread, which nothing else could end."""
+        if self._is_stopping:
+            raise NotReady("the router was stopped while it loaded its weights")
+        self._load_progress = fraction
+
+    def start_drain(self) -> None:
+        """Take nothing new from now on, also if the weights are still loading. On the event loop only."""
+        self._drain_requested = True
+        if self._engine is not None:
+            self._engine.start_drain()
+
+    async def _drain(self, timeout_s: float) -> int:
+        self.start_drain()
+        return 0 if self._engine is None else await wait_drained(self._engine, timeout_s)
+
+    async def _close(self) -> None:
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._pool is not None:
+            await self._pool.close()
+
+
+def _resolve_max_model_len(config: RouterConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if not 1 <= config.max_model_len <= model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the checkpoint's max_position_embeddings allows "
+            f"1 to {model.max_position_embeddings}"
+        )
+    return config.max_model_len

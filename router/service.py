@@ -1,0 +1,215 @@
+"""The router's gRPC service: translates messages to the engine and errors to statuses, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn, Protocol
+
+import grpc
+import grpc.aio
+
+from experts.errors import ConfigError
+from router.engine import Engine
+from router.errors import BadRequest, ExpertsUnavailable, NotReady, QueueFull, StaleTable
+from router.expert_pool import ExpertPool
+from router.expert_table import table_from_proto
+from router.sampler import SamplingParams
+from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
+from router.v1 import router_pb2 as pb
+from router.v1 import router_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_STATUS_OF_ERROR: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (BadRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NotReady, grpc.StatusCode.UNAVAILABLE),
+    (ExpertsUnavailable, grpc.StatusCode.UNAVAILABLE),
+    (StaleTable, grpc.StatusCode.FAILED_PRECONDITION),
+    (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),  # an expert table with an empty range
+)
+
+
+class RouterState(Protocol):
+    """What the service reads of the process that hosts it. engine is None while the weights load."""
+
+    @property
+    def router_id(self) -> str: ...
+    @property
+    def engine(self) -> Engine | None: ...
+    @property
+    def pool(self) -> ExpertPool: ...
+    @property
+    def load_progress(self) -> float: ...
+    def start_drain(self) -> None: ...
+
+
+class RouterService(router_pb2_grpc.RouterServiceServicer):
+    """Lives on the engine's event loop."""
+
+    def __init__(self, state: RouterState) -> None:
+        self._state = state
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        engine = self._state.engine
+        if engine is None:
+            await _abort(context, NotReady("the router is loading its weights"))
+        try:
+            sequence = engine.submit(_read_request(request))
+        except Exception as error:
+            await _abort(context, error)
+        finished = False
+        try:
+            while not finished:
+                output = await _next_output(sequence)
+                if isinstance(output, Exception):
+                    finished = True
+                    await _abort(context, output)
+                finished = output.finish_reason is not None
+                yield _write_output(output)
+        finally:
+            if not finished:  # the client left
+                engine.cancel(sequence)
+
+    async def UpdateExpertTable(
+        self,
+        request: pb.UpdateExpertTableRequest,
+        context: grpc.aio.ServicerContext[pb.UpdateExpertTableRequest, pb.UpdateExpertTableResponse],
+    ) -> pb.UpdateExpertTableResponse:
+        try:
+            self._state.pool.apply(table_from_proto(request.table))
+        except Exception as error:
+            await _abort(context, error)
+        return pb.UpdateExpertTableResponse(version=self._state.pool.table.version)
+
+    async def Drain(
+        self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainResponse]
+    ) -> pb.DrainResponse:
+        self._state.start_drain()
+        engine = self._state.engine
+        if engine is None:
+            return pb.DrainResponse(num_running=0)
+        return pb.DrainResponse(num_running=await wait_drained(engine, request.timeout_ms / 1000))
+
+    async def Status(
+        self, request: pb.StatusRequest, context: grpc.aio.ServicerContext[pb.StatusRequest, pb.StatusResponse]
+    ) -> pb.StatusResponse:
+        state = self._state
+        response = pb.StatusResponse(
+            router_id=state.router_id,
+            pid=os.getpid(),
+            table_version=state.pool.table.version,
+            connected_replica_ids=state.pool.connected_replica_ids(),
+            load_progress=state.load_progress,
+        )
+        engine = state.engine
+        if engine is None:
+            response.message = "loading weights"
+            return response
+        progress = engine.progress()
+        response.num_running = progress.num_running
+        response.num_waiting = progress.num_waiting
+        response.num_steps = progress.num_steps
+        response.current_step_ms = progress.current_step_ms
+        response.draining = engine.draining
+        unserved = state.pool.unserved()
+        response.ready = unserved is None and not engine.draining
+        response.message = "draining" if engine.draining else unserved or ""
+        return response
+
+
+async def wait_drained(engine: Engine, timeout_s: float) -> int:
+    """Wait until a draining engine is empty. Returns the number of sequences left when the time was over."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while True:
+        progress = engine.progress()
+        left = progress.num_running + progress.num_waiting
+        if left == 0 or loop.time() >= deadline:
+            return left
+        await asyncio.sleep(0.02)
+
+
+async def _next_output(sequence: Sequence) -> SequenceOutput | Exception:
+    """The next output, merged with those that wait behind it: one message per turn of the loop, not per token."""
+    output = await sequence.outputs.get()
+    while not isinstance(output, Exception) and output.finish_reason is None and not sequence.outputs.empty():
+        following = sequence.outputs.get_nowait()
+        if isinstance(following, Exception):
+            return following
+        output = SequenceOutput(
+            tokens=output.tokens + following.tokens,
+            prompt_tokens=output.prompt_tokens + following.prompt_tokens,
+            finish_reason=following.finish_reason,
+            stop_token_id=following.stop_token_id,
+        )
+    return output
+
+
+def _read_request(message: pb.GenerateRequest) -> GenerationRequest:
+    sampling = message.sampling
+    for name, value, low, high in (
+        ("temperature", sampling.temperature, 0.0, 1e6),
+        ("top_p", sampling.top_p, 0.0, 1.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+    ):
+        if not low <= value <= high:  # False for NaN too
+            raise BadRequest(f"{name} must be between {low:g} and {high:g}")
+    return GenerationRequest(
+        request_id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+        ),
+        max_tokens=message.max_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        min_tokens=message.min_tokens,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def _write_output(output: SequenceOutput) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(
+        tokens=[_write_token(token) for token in output.tokens],
+        prompt_tokens=[_write_token(token) for token in output.prompt_tokens],
+    )
+    if output.finish_reason is not None:
+        response.finish_reason = _FINISH_REASONS[output.finish_reason]
+    if output.stop_token_id is not None:
+        response.stop_token_id = output.stop_token_id
+    return response
+
+
+def _write_token(token: GeneratedToken) -> pb.TokenOutput:
+    if token.logprobs is None:
+        return pb.TokenOutput(token_id=token.token_id)
+    return pb.TokenOutput(
+        token_id=token.token_id,
+        logprob=token.logprobs.logprob,
+        top_token_ids=token.logprobs.top_token_ids,
+        top_logprobs=token.logprobs.top_logprobs,
+    )
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    for kind, status in _STATUS_OF_ERROR:
+        if isinstance(error, kind):
+            await context.abort(status, str(error))
+    logger.error("internal error", exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error of the router; its log says more")
+    raise AssertionError("abort always raises")

@@ -1,0 +1,154 @@
+"""The router's weights: everything but the routed experts, read tensor by tensor and packed for its products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.checkpoint import Checkpoint
+from experts.kernels.cpu_ffn import ScaledWeight
+from experts.memory import check_memory
+from experts.model_config import ModelConfig
+from experts.tensor_names import list_trunk_tensors
+from router.attention import AttentionWeights
+from router.gate import GateWeights
+from router.linear import Linear, LinearFactory, Mlp, choose_linear_factory, expand
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer: either mlp (dense), or gate and shared_experts (None if the model has none)."""
+
+    input_layernorm: Tensor
+    attention: AttentionWeights
+    post_attention_layernorm: Tensor
+    mlp: Mlp | None
+    gate: GateWeights | None
+    shared_experts: Mlp | None
+
+
+@dataclass(frozen=True)
+class TrunkWeights:
+    """embed_tokens: [vocab_size, hidden_size] in the compute dtype; norm: [hidden_size] float32."""
+
+    embed_tokens: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    lm_head: Linear
+
+
+def load_trunk_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    factory: LinearFactory | None = None,
+    on_layer: Callable[[float], None] | None = None,
+) -> TrunkWeights:
+    """Read what a router needs. factory: None chooses the best here. on_layer hears the fraction read.
+
+    Raises CheckpointError naming file and tensor, NotEnoughMemory before reading any.
+    """
+    config = checkpoint.config
+    _check_memory(checkpoint)
+    reader = _Reader(checkpoint, dtype, factory or choose_linear_factory(dtype))
+    layers: list[LayerWeights] = []
+    for layer_id in range(config.num_hidden_layers):
+        layers.append(_load_layer(reader, config, layer_id))
+        if on_layer is not None:
+            on_layer((layer_id + 1) / (config.num_hidden_layers + 1))
+    weights = TrunkWeights(
+        embed_tokens=reader.dense("model.embed_tokens"),
+        layers=tuple(layers),
+        norm=reader.vector("model.norm.weight"),
+        lm_head=reader.linear("model.embed_tokens" if config.tie_word_embeddings else "lm_head"),
+    )
+    if on_layer is not None:
+        on_layer(1.0)
+    return weights
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    """Raise NotEnoughMemory, before anything is read, if not even the weights as stored will fit."""
+    config = checkpoint.config
+    stored_bytes = sum(
+        checkpoint.info(tensor.name).size_bytes
+        for tensor in list_trunk_tensors(config)
+        if (tensor.layer_id is None or tensor.layer_id < config.num_hidden_layers) and checkpoint.has(tensor.name)
+    )
+    check_memory(stored_bytes, "the router's weights", "run the router on a machine with more memory")
+
+
+class _Reader:
+    """Tensors by their published names, in the shapes that the config demands."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, factory: LinearFactory) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._factory = factory
+        self._shapes = {tensor.name: tensor.shape for tensor in list_trunk_tensors(checkpoint.config)}
+
+    def vector(self, name: str) -> Tensor:
+        """float32, whatever is stored."""
+        return self._checkpoint.read_weight(name, self._shapes[name], torch.float32)
+
+    def dense(self, module: str) -> Tensor:
+        """[out, in] in the compute dtype."""
+        return expand(self._stored(module)).to(self._dtype)
+
+    def linear(self, *modules: str) -> Linear:
+        return self._factory.linear(*(self._stored(module) for module in modules))
+
+    def gate(self, module: str) -> Linear:
+        return self._factory.gate(self.vector(f"{module}.weight"))
+
+    def mlp(self, module: str) -> Mlp:
+        gate, up, down = (self._stored(f"{module}.{name}") for name in ("gate_proj", "up_proj", "down_proj"))
+        return self._factory.mlp(gate, up, down)
+
+    def _stored(self, module: str) -> ScaledWeight:
+        name = f"{module}.weight"
+        info = self._checkpoint.check_stored_weight(name, self._shapes[name])
+        weight = self._checkpoint.read(name)
+        quantization = self._checkpoint.config.quantization
+        if info.dtype != "F8_E4M3" or quantization is None:
+            return ScaledWeight(weight)
+        return ScaledWeight(weight, self._checkpoint.read(f"{name}_scale_inv"), quantization.weight_block_size)
+
+
+def _load_layer(reader: _Reader, config: ModelConfig, layer_id: int) -> LayerWeights:
+    prefix = f"model.layers.{layer_id}"
+    is_moe = config.is_moe_layer(layer_id)
+    gate = None
+    if is_moe:
+        bias = reader.vector(f"{prefix}.mlp.gate.e_score_correction_bias") if config.topk_method == "noaux_tc" else None
+        gate = GateWeights(projection=reader.gate(f"{prefix}.mlp.gate"), e_score_correction_bias=bias)
+    return LayerWeights(
+        input_layernorm=reader.vector(f"{prefix}.input_layernorm.weight"),
+        attention=_load_attention(reader, config, f"{prefix}.self_attn"),
+        post_attention_layernorm=reader.vector(f"{prefix}.post_attention_layernorm.weight"),
+        mlp=None if is_moe else reader.mlp(f"{prefix}.mlp"),
+        gate=gate,
+        shared_experts=reader.mlp(f"{prefix}.mlp.shared_experts") if is_moe and config.n_shared_experts else None,
+    )
+
+
+def _load_attention(reader: _Reader, config: ModelConfig, prefix: str) -> AttentionWeights:
+    has_q_lora = config.q_lora_rank is not None
+    kv_b_proj = reader.dense(f"{prefix}.kv_b_proj").view(
+        config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank
+    )  # per head: k_nope rows, then v rows
+    w_uk, w_uv = kv_b_proj.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+    return AttentionWeights(
+        qkv_a_proj=reader.linear(
+            f"{prefix}.q_a_proj" if has_q_lora else f"{prefix}.q_proj", f"{prefix}.kv_a_proj_with_mqa"
+        ),
+        q_a_layernorm=reader.vector(f"{prefix}.q_a_layernorm.weight") if has_q_lora else None,
+        q_b_proj=reader.linear(f"{prefix}.q_b_proj") if has_q_lora else None,
+        kv_a_layernorm=reader.vector(f"{prefix}.kv_a_layernorm.weight"),
+        w_uk=w_uk.contiguous(),
+        w_uv=w_uv.contiguous(),
+        o_proj=reader.linear(f"{prefix}.o_proj"),
+    )
