@@ -1,0 +1,68 @@
+"""Creates the named, detached Ray actors of a cluster. Used by `shoal serve` at start and by the controller later.
+
+Creating is idempotent: an actor that Ray still knows, restarting or not, is left alone. The calls are synchronous and
+talk to Ray's control service, so the controller makes them in a thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from cluster.actors import ExpertReplica, Router
+from cluster.data_plane_env import DATA_PLANE_ENV
+from cluster.spec import ClusterSpec
+
+RAY_NAMESPACE = "shoal"
+CONTROLLER_NAME = "controller"
+# A running method must not keep another from being heard.
+_MAX_CONCURRENCY = 4
+
+
+class ActorFactory:
+    """Makes actors for one spec. Their names are the ids of the spec."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._spec = spec
+        self._spec_json = spec.to_json()
+
+    def create_replica(self, replica_id: str) -> Any:
+        return self._create(ExpertReplica, replica_id, DATA_PLANE_ENV, self._spec_json, replica_id)
+
+    def create_router(self, router_id: str) -> Any:
+        return self._create(Router, router_id, DATA_PLANE_ENV, self._spec_json, router_id)
+
+    def create_controller(self, *args: Any) -> Any:
+        from cluster.controller import Controller
+
+        return self._create(Controller, CONTROLLER_NAME, {}, self._spec_json, *args)
+
+    def list_existing(self) -> frozenset[str]:
+        """Names of the actors in our namespace that live or are being restarted."""
+        return frozenset(ray.util.list_named_actors())
+
+    def kill(self, name: str) -> None:
+        """End an actor for good, at once. Nothing happens if there is none."""
+        try:
+            ray.kill(ray.get_actor(name, namespace=RAY_NAMESPACE), no_restart=True)
+        except ValueError:
+            return
+
+    def _create(self, actor_class: type, name: str, env: dict[str, str], *args: Any) -> Any:
+        options: dict[str, Any] = {
+            "name": name,
+            "namespace": RAY_NAMESPACE,
+            "lifetime": "detached",
+            "get_if_exists": True,
+            "max_restarts": -1,
+            "max_task_retries": 0,
+            "max_concurrency": _MAX_CONCURRENCY,
+            # Threads are ours to share out: Ray would otherwise start no more actors than there are cores.
+            "num_cpus": 0,
+        }
+        if not self._spec.own_ray:
+            options["scheduling_strategy"] = "SPREAD"
+            if env:
+                options["runtime_env"] = {"env_vars": env}
+        return ray.remote(actor_class).options(**options).remote(*args)

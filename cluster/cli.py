@@ -1,0 +1,175 @@
+"""`shoal`: the command line. This file knows the options; one module per command does the work.
+
+Each command's module is imported when it is chosen, so that `shoal status` does not pay for Ray. Failures are one line
+on stderr and exit code 1; wrong usage is exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from cluster.errors import ClusterError, SettingsError
+from cluster.settings import ServeSettings, suggest
+from experts.errors import ExpertsError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code."""
+    try:
+        options = build_parser().parse_args(arguments)
+        return _run(options)
+    except (ClusterError, ExpertsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left, as `| head` does; nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="shoal", description="Serve a mixture-of-experts model as a router and expert groups.")
+    parser.add_argument("--version", action="version", version=f"shoal {_get_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_serve(commands.add_parser("serve", help="start a cluster and serve a checkpoint until Ctrl-C"))
+    status = commands.add_parser("status", help="what runs where, and in which state")
+    _add_url(status)
+    _add_json(status)
+    check = commands.add_parser("check", help="validate every byte of a checkpoint folder")
+    check.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face folder")
+    check.add_argument("--groups", type=int, default=4, metavar="N", help="expert groups to size it for (default: 4)")
+    _add_json(check)
+    chat = commands.add_parser("chat", help="talk to the model")
+    _add_url(chat)
+    _add_json(chat)
+    _add_chat(chat)
+    doctor = commands.add_parser("doctor", help="what is missing or misconfigured on this machine, and how to mend it")
+    doctor.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="default: the demo checkpoint")
+    doctor.add_argument("--groups", type=int, default=4, metavar="N", help="expert groups (default: 4)")
+    doctor.add_argument("--port", type=int, default=8000, help="port of the API (default: 8000)")
+    _add_json(doctor)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Adds a suggestion to the error for an unknown option."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [*self._option_string_actions]
+            if (command := getattr(parsed, "command", None)) is not None:
+                known = [*_get_subparser(self, command)._option_string_actions]
+            self.error(f"unrecognized argument {unknown[0]}{_hint(unknown[0], known)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _run(options: argparse.Namespace) -> int:
+    match options.command:
+        case "serve":
+            from cluster.serve_command import run
+        case "status":
+            from cluster.status_command import run
+        case "check":
+            from cluster.check_command import run
+        case "chat":
+            from cluster.chat_command import run
+        case "doctor":
+            from cluster.doctor_command import run
+        case _:
+            raise SettingsError(f"unknown command {options.command}")
+    return run(options)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    """One option per field of ServeSettings; values are checked there, together with environment and YAML."""
+    parser.set_defaults(settings={})
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these settings")
+    for name, field in ServeSettings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        help_text = (field.description or "").replace("%", "%%")
+        if field.default is not None:
+            help_text += f" (default: {_show(field.default)})"
+        if name == "checkpoint":
+            parser.add_argument(name, nargs="?", metavar="CHECKPOINT", action=_Setting, help=help_text)
+        elif name == "admin_token":
+            # A command line can be read by every user of the machine.
+            continue
+        elif field.annotation is bool:
+            parser.add_argument(flag, f"--no-{flag[2:]}", dest=name, nargs=0, action=_Setting, help=help_text)
+        elif get_origin(field.annotation) is Literal:
+            choices = [str(choice) for choice in get_args(field.annotation)]
+            metavar = "|".join(choices)
+            parser.add_argument(flag, dest=name, choices=choices, metavar=metavar, action=_Setting, help=help_text)
+        else:
+            parser.add_argument(flag, dest=name, metavar=name.upper(), action=_Setting, help=help_text)
+
+
+class _Setting(argparse.Action):
+    """Collects only the options that were given, so that the others can come from environment or YAML."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if self.nargs == 0:
+            values = not str(option_string).startswith("--no-")
+        if values is not None:
+            namespace.settings = {**namespace.settings, self.dest: values}
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--message", "-m", help="send this, print the answer and end; without it: a conversation")
+    parser.add_argument("--system", help="system message to begin with")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy (default: 0.7)")
+    parser.add_argument("--seed", type=int, help="same seed, same answer; default: a random one")
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    default = os.environ.get("SHOAL_URL", DEFAULT_URL)
+    parser.add_argument("--url", default=default, help=f"of the running cluster (default: {default})")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _get_subparser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices[command]
+    return parser
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    hint = suggest(word.split("=")[0], known)
+    return hint if "did you mean" in hint else ""
+
+
+def _show(value: object) -> str:
+    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _get_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("shoal")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

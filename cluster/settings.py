@@ -1,0 +1,212 @@
+"""One schema for `shoal serve`: command line flags, SHOAL_* environment variables and the YAML of --config.
+
+Precedence: flag > environment > YAML > default. Only this module reads SHOAL_* variables. It knows nothing of
+Ray, and builds the plain values that the rest of the package takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from cluster.errors import SettingsError
+
+ENV_PREFIX = "SHOAL_"
+# Variables that other commands read; they are no settings of a cluster.
+_OTHER_VARIABLES = frozenset({"SHOAL_STATE_DIR", "SHOAL_URL", "SHOAL_SESSION"})
+# A Kubernetes service called "shoal" makes the kubelet put such variables into every pod beside it.
+_SERVICE_LINK = re.compile(r"SHOAL(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP)(_[A-Z]+)?)?)")
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class ServeSettings(BaseModel):
+    """What `shoal serve` serves and how. None always means what the field's line says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    checkpoint: Path | None = Field(None, description="Hugging Face folder to serve; None: the demo checkpoint")
+    groups: Annotated[int, Field(ge=1, le=4096)] = Field(4, description="number of expert groups")
+    replicas: Annotated[int, Field(ge=1, le=64)] = Field(1, description="replicas of each expert group")
+    routers: Annotated[int, Field(ge=1, le=64)] = Field(1, description="number of routers")
+    host: str = Field("127.0.0.1", description="address the OpenAI API listens on")
+    port: Port = Field(8000, description="TCP port of the OpenAI API")
+    admin_host: str = Field("127.0.0.1", description="address the admin API listens on")
+    admin_port: Port | None = Field(None, description="TCP port of the admin API; None: port + 1")
+    admin_token: SecretStr | None = Field(None, description="bearer token of the admin API; None: a new random one")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="arithmetic of trunk and experts")
+    wire_dtype: Literal["bfloat16", "float32", "fp8", "fp8-both"] = Field(
+        "bfloat16",
+        description="activations between router and expert groups; fp8: FP8 out and bfloat16 back, fp8-both: both ways",
+    )
+    combine: Literal["reduced", "exact"] = Field(
+        "reduced", description="reduced: one partial sum per row and group; exact: one row per expert, more bytes"
+    )
+    deterministic: bool = Field(False, description="output independent of batch mates, chunking, retries and failures")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where experts and trunk compute")
+    address: str | None = Field(None, description="Ray cluster to join, e.g. auto or HOST:PORT; None: start one here")
+    insecure_cluster_network: bool = Field(
+        False, description="let routers and expert groups listen, unencrypted, on the cluster's own network"
+    )
+    max_model_len: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="longest sequence in tokens; None: what the checkpoint was made for"
+    )
+    expert_wait_s: Annotated[float, Field(gt=0, le=3600)] = Field(
+        30.0, description="seconds a request waits for an expert group without a live replica, then 503"
+    )
+    expert_threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPU threads of one expert group replica; None: the cores divided by the replicas"
+    )
+    router_threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPU threads of one router; None: half the cores divided by the routers"
+    )
+    model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="name of the model in the API; None: the name of the checkpoint's folder"
+    )
+    drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = Field(
+        120.0, description="seconds that running requests may take to end when the cluster stops"
+    )
+    start_timeout_s: Annotated[float, Field(gt=0, le=86400)] = Field(
+        1800.0, description="seconds until the cluster must be ready, loading included"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe message shown")
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_there(self) -> Self:
+        if self.device == "cuda":
+            raise ValueError("device cuda is not supported yet, its kernels are still missing: use cpu or auto")
+        if self.admin_port is None and self.port == 65535:
+            raise ValueError("port 65535 leaves none for the admin API: set admin_port")
+        if self.admin_port == self.port:
+            raise ValueError(f"admin_port {self.admin_port} is the port of the API too: choose another")
+        return self
+
+    @property
+    def resolved_admin_port(self) -> int:
+        return self.port + 1 if self.admin_port is None else self.admin_port
+
+    @property
+    def url(self) -> str:
+        return f"http://{_url_host(self.host)}:{self.port}"
+
+    @property
+    def admin_url(self) -> str:
+        return f"http://{_url_host(self.admin_host)}:{self.resolved_admin_port}"
+
+    def describe(self) -> str:
+        """The effective settings as one line; secrets masked."""
+        return " ".join(f"{name}={value}" for name, value in self.model_dump(mode="json").items() if value is not None)
+
+
+class ThreadSplit(NamedTuple):
+    """CPU threads of one expert group replica and of one router."""
+
+    expert_threads: int
+    router_threads: int
+
+
+def split_threads(settings: ServeSettings, num_cores: int) -> ThreadSplit:
+    """Share out the cores of one machine, unless the settings say otherwise.
+
+    Expert groups compute at the same time and get all the cores. Routers compute while these wait, but beside the
+    HTTP front, and a second thread on a busy core costs more than it brings (20 against 17 ms per token of the demo
+    on 2 cores): they get half.
+    """
+    return ThreadSplit(
+        settings.expert_threads or max(1, num_cores // (settings.groups * settings.replicas)),
+        settings.router_threads or max(1, num_cores // (2 * settings.routers)),
+    )
+
+
+def load_settings(
+    flags: Mapping[str, Any], *, config_file: Path | None = None, environ: Mapping[str, str] | None = None
+) -> ServeSettings:
+    """Merge flags (only those given), environment and YAML file; None for environ means the process's own.
+
+    Raises SettingsError naming the source, the value and the remedy.
+    """
+    environ = os.environ if environ is None else environ
+    sources = {
+        "command line": dict(flags),
+        "environment": _read_environment(environ),
+        f"file {config_file}": _read_yaml(config_file) if config_file is not None else {},
+    }
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, values in sources.items():
+        for key, value in values.items():
+            if key not in merged:
+                merged[key] = value
+                origin[key] = source
+    try:
+        return ServeSettings(**merged)
+    except ValidationError as error:
+        raise SettingsError(_describe_errors(error, origin)) from None
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable in _OTHER_VARIABLES or value == "":
+            continue
+        if _SERVICE_LINK.fullmatch(variable) and (variable != "SHOAL_PORT" or value.startswith(("tcp://", "udp://"))):
+            continue
+        key = variable.removeprefix(ENV_PREFIX).lower()
+        if key not in ServeSettings.model_fields:
+            known = [ENV_PREFIX + name.upper() for name in ServeSettings.model_fields]
+            raise SettingsError(f"unknown environment variable {variable}{suggest(variable, known)}")
+        values[key] = value
+    return values
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"the settings file {path} is not valid YAML: {reason}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SettingsError(f"the settings file {path} must be a mapping of settings, not a {type(document).__name__}")
+    for key in document:
+        if key not in ServeSettings.model_fields:
+            raise SettingsError(
+                f"unknown setting {key!r} in {path}{suggest(str(key).replace('-', '_'), ServeSettings.model_fields)}"
+            )
+    return document
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A hint such as `: did you mean 'groups'?`, or how to see what there is."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f": did you mean {close[0]!r}?" if close else ": see `shoal serve --help` for what there is"
+
+
+def _describe_errors(error: ValidationError, origin: Mapping[str, str]) -> str:
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        message = item["msg"].removeprefix("Value error, ")
+        if not item["loc"]:
+            lines.append(message)
+            continue
+        key = str(item["loc"][0])
+        shown = "" if key == "admin_token" else f" (got {str(item['input'])[:80]!r})"
+        lines.append(f"{key} from the {origin.get(key, 'settings')}: {message[0].lower()}{message[1:]}{shown}")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _url_host(host: str) -> str:
+    """How a client on this machine reaches a listening address."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,93 @@
+"""What a cluster should be: the expert groups, their replicas and the routers. Plain data, written once by
+`shoal serve` and read back by a restarted controller.
+
+It says nothing of what is: that is cluster/records.py, and cluster/planner.py compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from cluster.errors import BadRecord
+from experts.expert_range import ExpertRange, split_experts
+from experts.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """One expert group: the rectangles of (layer, expert) pairs it hosts, and how many replicas serve them."""
+
+    name: str
+    hosted: tuple[ExpertRange, ...]
+    num_replicas: int
+
+    @property
+    def replica_ids(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}-{index}" for index in range(self.num_replicas))
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """Settings that every router shares; None means what the field of ServeSettings says."""
+
+    wire_dtype: str
+    combine: Literal["reduced", "exact"]
+    deterministic: bool
+    max_model_len: int | None
+    expert_wait_s: float
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """The whole cluster. checkpoint is an absolute folder that every node can read."""
+
+    model_name: str
+    checkpoint: str
+    dtype: Literal["bfloat16", "float32"]
+    groups: tuple[GroupSpec, ...]
+    expert_threads: int
+    router_ids: tuple[str, ...]
+    router: RouterSpec
+    # Loopback only, or the node's own address in the Ray cluster.
+    listen_on: Literal["loopback", "node"]
+    # The Ray cluster was started by `shoal serve` itself, so processes inherit its environment.
+    own_ray: bool
+
+    @property
+    def replica_groups(self) -> dict[str, GroupSpec]:
+        """Group of every replica id, in table order."""
+        return {replica_id: group for group in self.groups for replica_id in group.replica_ids}
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+def build_groups(config: ModelConfig, num_groups: int, num_replicas: int) -> tuple[GroupSpec, ...]:
+    """Cut the model's experts into groups g0, g1, ... Raises ConfigError if it has fewer experts than that."""
+    ranges = split_experts(config, num_groups)
+    return tuple(GroupSpec(f"g{index}", hosted, num_replicas) for index, hosted in enumerate(ranges))
+
+
+def spec_from_json(data: bytes) -> ClusterSpec:
+    """Raises BadRecord if the bytes were written by another program or version."""
+    try:
+        values: dict[str, Any] = json.loads(data)
+        groups = tuple(
+            GroupSpec(
+                name=group["name"],
+                hosted=tuple(ExpertRange(**block) for block in group["hosted"]),
+                num_replicas=group["num_replicas"],
+            )
+            for group in values.pop("groups")
+        )
+        return ClusterSpec(
+            groups=groups,
+            router_ids=tuple(values.pop("router_ids")),
+            router=RouterSpec(**values.pop("router")),
+            **values,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRecord(f"the stored cluster spec cannot be read: {error}") from error

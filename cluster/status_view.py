@@ -1,0 +1,113 @@
+"""The object of `shoal status --json`, and its picture for people. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.planner import ActorState, Observation, Plan, is_ready
+from cluster.records import ActorRecord, StartState
+from cluster.spec import ClusterSpec, GroupSpec
+
+
+def build_status(
+    spec: ClusterSpec, observation: Observation, plan: Plan, details: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The status object. details: figures of each router by id, as its own Status gave them."""
+    return {
+        "model": spec.model_name,
+        "checkpoint": spec.checkpoint,
+        "ready": is_ready(plan, spec),
+        "draining": observation.draining,
+        # False: Ray's control service does not answer; nothing is restarted or scaled, tokens still flow.
+        "control_plane": observation.existing_ids is not None,
+        "table_version": plan.table.version,
+        "routers": [
+            {
+                "id": router_id,
+                **_describe_process(observation.routers.get(router_id)),
+                "state": plan.routers[router_id].state.value,
+                "message": plan.routers[router_id].message,
+                **details.get(router_id, {}),
+            }
+            for router_id in spec.router_ids
+        ],
+        "groups": [_describe_group(spec_group, observation, plan) for spec_group in spec.groups],
+    }
+
+
+def _describe_group(group: GroupSpec, observation: Observation, plan: Plan) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "experts": [[block.expert_start, block.expert_end] for block in group.hosted],
+        "layers": [[block.layer_start, block.layer_end] for block in group.hosted],
+        "replicas": [
+            {
+                "id": replica_id,
+                **_describe_process(observation.replicas.get(replica_id)),
+                "state": plan.replicas[replica_id].state.value,
+                "message": plan.replicas[replica_id].message,
+                "weight_digest": record.weight_digest
+                if (record := observation.replicas.get(replica_id)) is not None
+                else None,
+            }
+            for replica_id in group.replica_ids
+        ],
+    }
+
+
+def _describe_process(record: ActorRecord | None) -> dict[str, Any]:
+    """None where nothing is known yet."""
+    if record is None:
+        return {"pid": None, "node": None, "endpoint": None, "incarnation": None, "num_failed_starts": 0}
+    failed = 1 if record.state is StartState.FAILED else 0
+    return {
+        "pid": record.pid,
+        "node": record.node,
+        "endpoint": record.endpoint,
+        "incarnation": record.incarnation,
+        "num_failed_starts": record.num_failed_starts + failed,
+        "started_at": record.started_at,
+        "ready_at": record.ready_at,
+    }
+
+
+def render_status(status: Mapping[str, Any]) -> str:
+    """A table for a terminal."""
+    state = "draining" if status["draining"] else "ready" if status["ready"] else "not ready"
+    lines = [f"{status['model']}: {state}, expert table version {status['table_version']}"]
+    if not status["control_plane"]:
+        lines.append("Ray's control service does not answer: nothing is restarted until it does")
+    rows: list[Sequence[str]] = [("", "STATE", "PID", "NODE", "ENDPOINT", "")]
+    for router in status["routers"]:
+        running = f"{router['num_running']} running, {router['num_waiting']} waiting" if "num_running" in router else ""
+        rows.append((f"router {router['id']}", *_render_process(router), router["message"] or running))
+    for group in status["groups"]:
+        experts = ", ".join(f"experts {start}-{end - 1}" for start, end in group["experts"])
+        for replica in group["replicas"]:
+            rows.append((f"group {replica['id']}", *_render_process(replica), replica["message"] or experts))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines.extend("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _render_process(item: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return (
+        item["state"],
+        "-" if item["pid"] is None else str(item["pid"]),
+        item["node"] or "-",
+        item["endpoint"] or "-",
+    )
+
+
+def list_failures(status: Mapping[str, Any], max_failed_starts: int) -> list[str]:
+    """Actors that failed to start so often that waiting is pointless, one line each."""
+    items = [
+        *((f"router {item['id']}", item) for item in status["routers"]),
+        *((f"expert group replica {item['id']}", item) for group in status["groups"] for item in group["replicas"]),
+    ]
+    return [
+        f"{name} failed to start {item['num_failed_starts']} times: {item['message'] or 'its process ended'}"
+        for name, item in items
+        if item["num_failed_starts"] >= max_failed_starts and item["state"] != ActorState.READY.value
+    ]
