@@ -1,0 +1,162 @@
+"""Fakes with the interfaces of cluster's seams, and records to feed them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from cluster.errors import StoreUnavailable
+from cluster.planner import Health, RouterReport
+from cluster.records import ReplicaRecord, RouterRecord, StartState, replica_key, router_key
+from cluster.spec import ClusterSpec, GroupSpec, RouterSpec
+from experts.expert_range import ExpertRange
+from router.expert_table import ExpertTable
+
+HOSTED = ((ExpertRange(1, 4, 0, 4),), (ExpertRange(1, 4, 4, 8),))
+
+
+def make_spec(num_replicas: int = 1, num_routers: int = 1) -> ClusterSpec:
+    """Two groups."""
+    return ClusterSpec(
+        model_name="tiny",
+        checkpoint="/nowhere",
+        dtype="float32",
+        groups=tuple(GroupSpec(f"g{index}", hosted, num_replicas) for index, hosted in enumerate(HOSTED)),
+        expert_threads=1,
+        router_ids=tuple(f"r{index}" for index in range(num_routers)),
+        router=RouterSpec("bfloat16", "reduced", False, None, 30.0, 1),
+        listen_on="loopback",
+        own_ray=True,
+    )
+
+
+def make_replica(replica_id: str, incarnation: int = 1, **changes: Any) -> ReplicaRecord:
+    """A record that says ready."""
+    group_name = replica_id.split("-")[0]
+    record = ReplicaRecord(
+        actor_id=replica_id,
+        state=StartState.READY,
+        incarnation=incarnation,
+        pid=1000 + incarnation,
+        node="here",
+        endpoint=f"127.0.0.1:{4000 + incarnation}",
+        message="",
+        num_failed_starts=0,
+        load_progress=1.0,
+        started_at=100.0,
+        ready_at=101.0,
+        group_name=group_name,
+        hosted=HOSTED[int(group_name[1:])],
+        weight_digest=f"digest of {group_name}",
+        numerics_id="cpu",
+    )
+    return replace(record, **changes)
+
+
+def make_router(router_id: str = "r0", incarnation: int = 1, **changes: Any) -> RouterRecord:
+    """A record that says ready."""
+    record = RouterRecord(
+        actor_id=router_id,
+        state=StartState.READY,
+        incarnation=incarnation,
+        pid=2000 + incarnation,
+        node="here",
+        endpoint=f"127.0.0.1:{5000 + incarnation}",
+        message="",
+        num_failed_starts=0,
+        load_progress=1.0,
+        started_at=100.0,
+        ready_at=101.0,
+    )
+    return replace(record, **changes)
+
+
+def make_report(table_version: int, **changes: Any) -> RouterReport:
+    """A router that is ready with this table."""
+    return replace(RouterReport(True, True, False, "", table_version), **changes)
+
+
+class MemoryStore:
+    """A RecordStore in a dict; down makes every call fail."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes] = {}
+        self.down = False
+
+    def get(self, key: bytes) -> bytes | None:
+        self._check()
+        return self.values.get(key)
+
+    def get_all(self, prefix: bytes) -> Mapping[bytes, bytes]:
+        self._check()
+        return {key: value for key, value in self.values.items() if key.startswith(prefix)}
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self._check()
+        self.values[key] = value
+
+    def delete_all(self) -> None:
+        self._check()
+        self.values.clear()
+
+    def publish(self, *records: ReplicaRecord | RouterRecord) -> None:
+        for record in records:
+            make_key = router_key if isinstance(record, RouterRecord) else replica_key
+            self.values[make_key(record.actor_id)] = record.to_json()
+
+    def _check(self) -> None:
+        if self.down:
+            raise StoreUnavailable("down")
+
+
+class FakeFactory:
+    """Remembers what it was asked to create."""
+
+    def __init__(self, existing: set[str]) -> None:
+        self.existing = existing
+        self.created: list[str] = []
+
+    def create_replica(self, replica_id: str) -> None:
+        self.created.append(replica_id)
+        self.existing.add(replica_id)
+
+    def create_router(self, router_id: str) -> None:
+        self.created.append(router_id)
+        self.existing.add(router_id)
+
+    def list_existing(self) -> frozenset[str]:
+        return frozenset(self.existing)
+
+
+class FakeProber:
+    """Health and reports are set by the test; a pushed table is held by the router at once."""
+
+    def __init__(self) -> None:
+        self.replica_health: dict[tuple[str, int], Health] = {}
+        self.router_reports: dict[tuple[str, int], RouterReport] = {}
+        self.targets: tuple[Mapping[tuple[str, int], str], Mapping[tuple[str, int], str]] = ({}, {})
+        self.pushed: list[tuple[tuple[str, int], int]] = []
+        self.drained_s: list[float] = []
+
+    def router_details(self) -> dict[tuple[str, int], Any]:
+        return {}
+
+    def set_targets(self, replicas: Mapping[tuple[str, int], str], routers: Mapping[tuple[str, int], str]) -> None:
+        self.targets = (replicas, routers)
+
+    def push_table(self, target: tuple[str, int], table: ExpertTable) -> None:
+        self.pushed.append((target, table.version))
+        self.router_reports[target] = make_report(table.version)
+
+    async def drain_routers(self, timeout_s: float) -> int:
+        self.drained_s.append(timeout_s)
+        return 0
+
+
+class FakeClock:
+    """Seconds, set by the test."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s

@@ -1,0 +1,82 @@
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.admin_app import MAX_BODY_BYTES, create_admin_app, hash_token
+
+TOKEN = "correct horse"
+
+
+class FakeController:
+    def __init__(self) -> None:
+        self.drained_s: list[float] = []
+        self.broken = False
+
+    def get_status(self) -> dict[str, Any]:
+        if self.broken:
+            raise RuntimeError("secret detail")
+        return {"ready": True}
+
+    async def drain(self, timeout_s: float) -> int:
+        self.drained_s.append(timeout_s)
+        return 3
+
+
+@pytest.fixture
+def controller() -> FakeController:
+    return FakeController()
+
+
+@pytest.fixture
+def client(controller: FakeController) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(create_admin_app(controller, hash_token(TOKEN)), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://admin", headers={"Authorization": f"Bearer {TOKEN}"})
+
+
+def check_error(response: httpx.Response, status: int) -> None:
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_status_and_drain(client: httpx.AsyncClient, controller: FakeController):
+    assert (await client.get("/status")).json() == {"ready": True}
+    assert (await client.post("/drain", json={"timeout_s": 2.5})).json() == {"num_running": 3}
+    assert (await client.post("/drain")).json() == {"num_running": 3}
+    assert controller.drained_s == [2.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}]
+)
+@pytest.mark.parametrize("path", ["/status", "/drain", "/nowhere"])
+async def test_nothing_is_told_without_the_token(client: httpx.AsyncClient, headers: dict[str, str], path: str):
+    check_error(await client.get(path, headers=headers), 401)
+
+
+async def test_no_header_at_all_is_refused(client: httpx.AsyncClient):
+    del client.headers["Authorization"]
+    check_error(await client.get("/status"), 401)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[]", b"{", b'{"timeout_s": "3"}', b'{"timeout_s": NaN}', b'{"timeout_s": -1}', b'{"timeout_s": 1e400}',
+     b'{"timeout_s": true}', b"[" * 100_000, b"\xff"],
+)  # fmt: skip
+async def test_bad_bodies_are_refused(client: httpx.AsyncClient, controller: FakeController, body: bytes):
+    check_error(await client.post("/drain", content=body), 400)
+    assert controller.drained_s == []
+
+
+async def test_an_oversized_body_is_refused(client: httpx.AsyncClient):
+    check_error(await client.post("/drain", content=b" " * (MAX_BODY_BYTES + 1)), 413)
+
+
+async def test_unknown_routes_and_bugs_answer_in_the_error_shape(client: httpx.AsyncClient, controller: FakeController):
+    check_error(await client.get("/nowhere"), 404)
+    check_error(await client.post("/status"), 405)
+    controller.broken = True
+    response = await client.get("/status")
+    check_error(response, 500)
+    assert "secret detail" not in response.text

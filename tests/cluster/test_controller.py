@@ -1,0 +1,187 @@
+import asyncio
+import threading
+
+import pytest
+
+from cluster import controller as controller_module
+from cluster.controller import ControllerLoop
+from cluster.planner import Health
+from cluster.records import StartState
+from cluster.stored_table import memory_from_json
+from tests.cluster.fakes import (
+    FakeClock,
+    FakeFactory,
+    FakeProber,
+    MemoryStore,
+    make_replica,
+    make_report,
+    make_router,
+    make_spec,
+)
+
+
+class Setting:
+    """A controller loop on fakes: two ready replicas and a router."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore()
+        self.store.publish(make_replica("g0-0", 1), make_replica("g1-0", 2), make_router("r0", 1))
+        self.factory = FakeFactory({"g0-0", "g1-0", "r0"})
+        self.prober = FakeProber()
+        self.clock = FakeClock()
+        self.loop = self.make_loop()
+
+    def make_loop(self) -> ControllerLoop:
+        return ControllerLoop(make_spec(), self.store, self.factory, self.prober, self.clock)
+
+
+async def test_table_is_stored_before_it_is_pushed_and_pushed_once():
+    setting = Setting()
+    await setting.loop.step()
+    assert memory_from_json(setting.store.values[b"table"]).table.version == 1
+    assert setting.prober.pushed == [(("r0", 1), 1)]
+    await setting.loop.step()
+    assert len(setting.prober.pushed) == 1
+    assert setting.loop.get_status()["ready"] is True
+
+
+async def test_probes_follow_the_addresses():
+    setting = Setting()
+    await setting.loop.step()
+    assert setting.prober.targets == (
+        {("g0-0", 1): "127.0.0.1:4001", ("g1-0", 2): "127.0.0.1:4002"},
+        {("r0", 1): "127.0.0.1:5001"},
+    )
+    setting.store.publish(make_replica("g0-0", 9))
+    await setting.loop.step()
+    assert ("g0-0", 9) in setting.prober.targets[0]
+    assert ("g0-0", 1) not in setting.prober.targets[0]
+
+
+async def test_new_address_of_a_restarted_replica_reaches_the_router_in_one_turn():
+    setting = Setting()
+    await setting.loop.step()
+    setting.prober.replica_health[("g0-0", 1)] = Health.GONE
+    await setting.loop.step()
+    assert setting.loop.get_status()["groups"][0]["replicas"][0]["state"] == "dead"
+    setting.store.publish(make_replica("g0-0", 9))
+    plan = await setting.loop.step()
+    assert plan.table.groups[0].replicas[0].incarnation == 9
+    assert setting.prober.pushed[-1] == (("r0", 1), plan.table.version)
+
+
+async def test_restarted_controller_goes_on_with_the_stored_version():
+    setting = Setting()
+    await setting.loop.step()
+    setting.store.publish(make_replica("g0-0", 9))
+    await setting.loop.step()
+    successor = setting.make_loop()
+    plan = await successor.step()
+    assert plan.table.version == 2
+    setting.store.publish(make_replica("g0-0", 10, weight_digest="other weights"))
+    assert (await successor.step()).table.groups[0].replicas == ()
+
+
+async def test_table_stays_while_the_store_is_down_and_status_says_so():
+    setting = Setting()
+    await setting.loop.step()
+    setting.store.down = True
+    plan = await setting.loop.step()
+    assert plan.table.version == 1
+    status = setting.loop.get_status()
+    assert status["control_plane"] is False
+    assert status["ready"] is True
+    setting.store.down = False
+    setting.clock.now_s = 5.0
+    await setting.loop.step()
+    assert setting.loop.get_status()["control_plane"] is True
+
+
+async def test_a_replica_that_dies_while_the_store_is_down_leaves_the_table_and_that_is_stored_later():
+    setting = Setting()
+    await setting.loop.step()
+    setting.store.down = True
+    setting.prober.replica_health[("g0-0", 1)] = Health.GONE
+    await setting.loop.step()
+    assert setting.prober.pushed[-1] == (("r0", 1), 2)
+    assert memory_from_json(setting.store.values[b"table"]).table.version == 1
+    setting.store.down = False
+    await setting.loop.step()
+    assert memory_from_json(setting.store.values[b"table"]).table.version == 2
+
+
+async def test_a_router_restarted_while_the_store_is_down_is_found_afterwards():
+    setting = Setting()
+    await setting.loop.step()
+    setting.store.down = True
+    setting.store.publish(make_router("r0", 2))
+    await setting.loop.step()
+    assert setting.prober.pushed == [(("r0", 1), 1)]
+    setting.store.down = False
+    await setting.loop.step()
+    assert setting.prober.pushed[-1] == (("r0", 2), 1)
+
+
+async def test_a_call_into_ray_that_hangs_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(controller_module, "RAY_CALL_TIMEOUT_S", 0.05)
+    setting = Setting()
+    released = threading.Event()
+    monkeypatch.setattr(setting.factory, "list_existing", lambda: released.wait(10) and frozenset())
+    try:
+        async with asyncio.timeout(5):
+            await setting.loop.step()
+            assert setting.loop.get_status()["control_plane"] is False
+            setting.clock.now_s = 9.0
+            setting.store.publish(make_replica("g0-0", 9))
+            plan = await setting.loop.step()
+        assert plan.table.groups[0].replicas[0].incarnation == 9
+    finally:
+        released.set()
+
+
+async def test_an_actor_that_ray_lost_is_created_again():
+    setting = Setting()
+    setting.factory.existing.discard("g1-0")
+    for now_s in (0.0, 1.5, 3.0, 4.5):
+        setting.clock.now_s = now_s
+        await setting.loop.step()
+    assert setting.factory.created == ["g1-0"]
+
+
+async def test_unreadable_records_are_ignored():
+    setting = Setting()
+    setting.store.values[b"replica/g0-0"] = b"not json"
+    plan = await setting.loop.step()
+    assert plan.table.groups[0].replicas == ()
+    assert plan.table.groups[1].replicas != ()
+
+
+async def test_draining_drains_the_routers_and_creates_nothing():
+    setting = Setting()
+    await setting.loop.step()
+    assert await setting.loop.drain(3.0) == 0
+    assert setting.prober.drained_s == [3.0]
+    setting.factory.existing.clear()
+    for now_s in (10.0, 20.0):
+        setting.clock.now_s = now_s
+        await setting.loop.step()
+    assert setting.factory.created == []
+    assert setting.loop.get_status()["draining"] is True
+
+
+async def test_status_has_the_promised_shape():
+    setting = Setting()
+    setting.store.publish(make_replica("g1-0", 2, state=StartState.STARTING, endpoint=None, message="loading"))
+    await setting.loop.step()
+    setting.prober.router_reports[("r0", 1)] = make_report(1, ready=False, message="waits for g1")
+    await setting.loop.step()
+    status = setting.loop.get_status()
+    assert status["model"] == "tiny"
+    assert status["table_version"] == 1
+    assert [(router["id"], router["state"]) for router in status["routers"]] == [("r0", "starting")]
+    assert [group["name"] for group in status["groups"]] == ["g0", "g1"]
+    assert status["groups"][1]["experts"] == [[4, 8]]
+    assert status["groups"][1]["layers"] == [[1, 4]]
+    replica = status["groups"][1]["replicas"][0]
+    assert {"id", "pid", "node", "endpoint", "state"} <= replica.keys()
+    assert (replica["id"], replica["state"], replica["endpoint"]) == ("g1-0", "starting", None)

@@ -1,0 +1,319 @@
+"""The service over loopback gRPC, with an honest client and with others."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from experts import wire
+from experts.checkpoint import Checkpoint
+from experts.expert_range import split_experts
+from experts.group import ExpertGroup
+from experts.server import ExpertServer, ReplicaIdentity
+from experts.v1 import experts_pb2, experts_pb2_grpc
+from experts.weights import load_expert_weights
+from experts.wire import ComputeFrame, ComputeReply, ComputeStatus
+
+TIMEOUT_S = 20.0
+IDENTITY = ReplicaIdentity("g0", "g0-1", incarnation=77)
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+)
+
+
+class GatedGroup(ExpertGroup):
+    """An expert group that computes only when told to, or fails as told."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.failure: Exception | None = None
+
+    def compute(self, frame: ComputeFrame) -> torch.Tensor:
+        self.entered.release()
+        assert self.gate.wait(TIMEOUT_S)
+        if self.failure is not None:
+            raise self.failure
+        return super().compute(frame)
+
+
+class Client:
+    """One raw Compute stream and its channel."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.channel = grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        compute: Any = self.channel.stream_stream(f"/{wire.SERVICE_NAME}/Compute")
+        self.call = compute(iter(self._requests.get, None), timeout=3 * TIMEOUT_S)
+
+    def send(self, data: bytes) -> None:
+        self._requests.put(data)
+
+    def receive(self) -> ComputeReply:
+        return wire.decode_response(next(self.call))
+
+    def ask(self, **overrides: Any) -> ComputeReply:
+        self.send(make_request(**overrides))
+        return self.receive()
+
+    def close(self) -> None:
+        self._requests.put(None)
+        self.call.cancel()
+        self.channel.close()
+
+
+def make_request(**overrides: Any) -> bytes:
+    request: dict[str, Any] = {
+        "frame_id": 1,
+        "incarnation": 77,
+        "table_version": 1,
+        "layer_id": 1,
+        "hidden_states": torch.ones(2, 192, dtype=torch.bfloat16),
+        "pair_rows": torch.tensor([0, 0, 1], dtype=torch.int32),
+        "pair_experts": torch.tensor([0, 3, 1], dtype=torch.int32),
+        "pair_weights": torch.ones(3),
+        "exact": False,
+        "deadline_ms": 10_000,
+        **overrides,
+    }
+    return wire.encode_request(**request)
+
+
+@pytest.fixture(scope="module")
+def make_group(fp8_checkpoint: Checkpoint) -> Callable[[], GatedGroup]:
+    weights = load_expert_weights(fp8_checkpoint, split_experts(fp8_checkpoint.config, 2)[0], torch.float32)
+    return lambda: GatedGroup(weights)
+
+
+@pytest.fixture
+def group(make_group: Callable[[], GatedGroup]) -> GatedGroup:
+    return make_group()
+
+
+@pytest.fixture
+def server(group: GatedGroup) -> Iterator[ExpertServer]:
+    server = ExpertServer(group, IDENTITY, max_streams=3)
+    server.start()
+    yield server
+    group.gate.set()
+    server.stop(grace_s=0.1)
+
+
+@pytest.fixture
+def connect(server: ExpertServer) -> Iterator[Callable[[], Client]]:
+    clients: list[Client] = []
+
+    def make() -> Client:
+        clients.append(Client(server.endpoint))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def client(connect: Callable[[], Client]) -> Client:
+    return connect()
+
+
+def test_answers_what_the_group_computes(client: Client, group: GatedGroup) -> None:
+    reply = client.ask(frame_id=41)
+    assert (reply.frame_id, reply.incarnation, reply.status) == (41, 77, ComputeStatus.OK)
+    assert reply.tensor is not None
+    assert torch.equal(reply.tensor, group.compute(wire.decode_request(make_request())))
+
+
+def test_answers_a_stream_in_its_order(client: Client) -> None:
+    for frame_id in range(20):
+        client.send(make_request(frame_id=frame_id))
+    assert [client.receive().frame_id for _ in range(20)] == list(range(20))
+
+
+def test_several_streams_are_served_at_the_same_time(connect: Callable[[], Client]) -> None:
+    clients = [connect() for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.send(make_request(frame_id=number))
+    assert [client.receive().frame_id for client in clients] == [0, 1, 2]
+
+
+def test_a_generated_stub_can_talk_to_it(client: Client) -> None:
+    stub = experts_pb2_grpc.ExpertServiceStub(client.channel)
+    request = experts_pb2.ComputeRequest.FromString(make_request(frame_id=5, exact=True))
+    (reply,) = stub.Compute(iter([request]), timeout=TIMEOUT_S)
+    assert (reply.header.frame_id, reply.header.num_rows, reply.header.hidden_size) == (5, 3, 192)
+
+
+def test_describes_itself(client: Client, group: GatedGroup) -> None:
+    stub = experts_pb2_grpc.ExpertServiceStub(client.channel)
+    described = stub.Describe(experts_pb2.DescribeRequest(), timeout=TIMEOUT_S)
+    assert (described.group_name, described.replica_id, described.incarnation) == ("g0", "g0-1", 77)
+    assert described.weight_digest == group.weight_digest and len(described.weight_digest) == 64
+    assert described.numerics_id == group.numerics_id
+    assert wire.expert_ranges_from_proto(described.hosted) == tuple(group.hosted)
+    assert described.hidden_size == 192 and described.max_rows > 1000 and described.pid > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status"),
+    [
+        ({"incarnation": 76}, ComputeStatus.STALE_INCARNATION),
+        ({"layer_id": 0}, ComputeStatus.NOT_HOSTED),
+        ({"pair_experts": torch.tensor([0, 7, 1], dtype=torch.int32)}, ComputeStatus.NOT_HOSTED),
+        ({"hidden_states": torch.ones(2, 64)}, ComputeStatus.BAD_REQUEST),
+        ({"pair_rows": torch.tensor([0, 0, 2], dtype=torch.int32)}, ComputeStatus.BAD_REQUEST),
+        ({"pair_weights": torch.tensor([1.0, float("nan"), 1.0])}, ComputeStatus.BAD_REQUEST),
+        ({"deadline_ms": 0}, ComputeStatus.OVERLOADED),
+    ],
+)
+def test_refuses_a_frame_and_goes_on_with_the_stream(
+    client: Client, overrides: dict[str, Any], status: ComputeStatus
+) -> None:
+    reply = client.ask(frame_id=8, **overrides)
+    assert (reply.frame_id, reply.status) == (8, status)
+    assert reply.message and "\n" not in reply.message
+    assert client.ask().status is ComputeStatus.OK
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 64, b"\x0a\x7f\x00"])
+def test_bytes_without_a_frame_number_end_the_stream_and_only_it(connect: Callable[[], Client], data: bytes) -> None:
+    client = connect()
+    client.send(data)
+    with pytest.raises(grpc.RpcError) as caught:
+        client.receive()
+    error: Any = caught.value
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert connect().ask().status is ComputeStatus.OK
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (MemoryError(), ComputeStatus.OVERLOADED),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ComputeStatus.OVERLOADED),
+        (RuntimeError("something else\nsecond line"), ComputeStatus.INTERNAL),
+    ],
+)
+def test_a_call_that_fails_is_answered_and_the_process_stays_up(
+    client: Client, group: GatedGroup, failure: Exception, status: ComputeStatus
+) -> None:
+    group.failure = failure
+    reply = client.ask()
+    assert reply.status is status and "\n" not in reply.message
+    group.failure = None
+    assert client.ask().status is ComputeStatus.OK
+
+
+def test_a_frame_whose_deadline_passes_in_the_queue_is_shed(connect: Callable[[], Client], group: GatedGroup) -> None:
+    first, second = connect(), connect()
+    group.gate.clear()
+    first.send(make_request(frame_id=1))
+    assert group.entered.acquire(timeout=TIMEOUT_S)
+    reply = second.ask(frame_id=2, deadline_ms=50)
+    assert (reply.frame_id, reply.status) == (2, ComputeStatus.OVERLOADED)
+    group.gate.set()
+    assert first.receive().status is ComputeStatus.OK
+
+
+def test_frames_of_several_streams_that_wait_together_are_computed_together(
+    connect: Callable[[], Client], group: GatedGroup
+) -> None:
+    clients = [connect() for _ in range(3)]
+    rows = torch.randn(3, 192, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    one_pair = {"pair_rows": torch.zeros(1, dtype=torch.int32), "pair_weights": torch.ones(1)}
+
+    def request(number: int) -> bytes:
+        expert = torch.tensor([number], dtype=torch.int32)
+        return make_request(frame_id=number, hidden_states=rows[number : number + 1], pair_experts=expert, **one_pair)
+
+    expected = [group.compute(wire.decode_request(request(number))) for number in range(3)]
+    while group.entered.acquire(blocking=False):
+        pass
+    group.gate.clear()
+    for number, client in enumerate(clients):
+        client.send(request(number))
+    assert group.entered.acquire(timeout=TIMEOUT_S)
+    group.gate.set()
+    replies = [client.receive() for client in clients]
+    for number, reply in enumerate(replies):
+        assert (reply.frame_id, reply.status) == (number, ComputeStatus.OK) and reply.tensor is not None
+        torch.testing.assert_close(reply.tensor, expected[number])
+
+
+def test_a_client_that_goes_away_leaves_no_stream_behind(
+    connect: Callable[[], Client], server: ExpertServer, group: GatedGroup
+) -> None:
+    client = connect()
+    assert client.ask().status is ComputeStatus.OK
+    assert server.num_streams == 1
+    client.close()
+    server.drain(grace_s=TIMEOUT_S)
+    assert server.num_streams == 0
+
+
+def test_more_streams_than_allowed_are_refused(connect: Callable[[], Client]) -> None:
+    clients = [connect() for _ in range(3)]
+    assert all(client.ask().status is ComputeStatus.OK for client in clients)
+    with pytest.raises(grpc.RpcError) as caught:
+        connect().ask()
+    error: Any = caught.value
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert clients[0].ask().status is ComputeStatus.OK
+
+
+def test_health_follows_the_drain_and_frames_are_turned_away_after_it(client: Client, server: ExpertServer) -> None:
+    health: Any = health_pb2_grpc.HealthStub(client.channel)
+
+    def get_health(service: str) -> int:
+        return health.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S).status
+
+    assert client.ask().status is ComputeStatus.OK
+    assert {get_health(name) for name in ("", wire.SERVICE_NAME)} == {health_pb2.HealthCheckResponse.SERVING}
+    drained = threading.Thread(target=server.drain, args=(TIMEOUT_S,))
+    drained.start()
+    watch = health.Watch(health_pb2.HealthCheckRequest(service=""), timeout=TIMEOUT_S)
+    assert any(update.status == health_pb2.HealthCheckResponse.NOT_SERVING for update in watch)
+    watch.cancel()
+    # The stream is open, so the drain waits, and what still comes is computed.
+    assert client.ask().status is ComputeStatus.OK
+    client.close()
+    drained.join(TIMEOUT_S)
+    assert not drained.is_alive()
+
+
+def test_a_stream_that_stays_open_after_the_drain_hears_draining(client: Client, server: ExpertServer) -> None:
+    assert client.ask().status is ComputeStatus.OK
+    server.drain(grace_s=0.0)
+    assert client.ask(frame_id=3).status is ComputeStatus.DRAINING
+
+
+def test_stop_lets_the_frame_being_computed_finish(
+    connect: Callable[[], Client], server: ExpertServer, group: GatedGroup
+) -> None:
+    client = connect()
+    group.gate.clear()
+    client.send(make_request(frame_id=6))
+    assert group.entered.acquire(timeout=TIMEOUT_S)
+    stopped = threading.Thread(target=server.stop, kwargs={"grace_s": TIMEOUT_S})
+    stopped.start()
+    group.gate.set()
+    assert client.receive().frame_id == 6
+    client.close()
+    stopped.join(TIMEOUT_S)
+    assert not stopped.is_alive()
+
+
+def test_a_taken_port_is_an_error(server: ExpertServer, make_group: Callable[[], GatedGroup]) -> None:
+    port = int(server.endpoint.rpartition(":")[2])
+    with pytest.raises((RuntimeError, OSError)):
+        ExpertServer(make_group(), IDENTITY, port=port).start()

@@ -1,0 +1,82 @@
+"""An expert group dies in the middle of a stream and comes back on its port; nobody but this test restarts it."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from experts.wire import WireFormat
+from router.server import RouterConfig, RouterServer
+from router.v1 import router_pb2_grpc
+from tests.integration.router_client import CALL_TIMEOUT_S, build_request, generate
+from tests.local_stack import HOST, START_TIMEOUT_S, LocalStack, StackOptions, local_stack, wait_until_ready
+
+NUM_TOKENS = 300
+PROMPT = list(range(20, 60))
+
+
+@pytest.fixture(scope="module")
+def fragile_stack(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """A stack of this module's own, whose experts may be killed."""
+    options = StackOptions(num_groups=2, expert_wait_s=START_TIMEOUT_S, api=False)
+    with local_stack(checkpoint, tmp_path_factory.mktemp("fragile"), options) as running:
+        yield running
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_stream_survives_the_death_of_an_expert_process(fragile_stack: LocalStack, killed: int) -> None:
+    with fragile_stack.router_channel() as channel:
+        undisturbed = generate(channel, PROMPT, NUM_TOKENS)
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        restarted = False
+        stub = router_pb2_grpc.RouterServiceStub(channel)
+        for response in stub.Generate(build_request(PROMPT, NUM_TOKENS), timeout=CALL_TIMEOUT_S + START_TIMEOUT_S):
+            token_ids.extend(token.token_id for token in response.tokens)
+            logprobs.extend(token.logprob for token in response.tokens)
+            if not restarted and len(token_ids) >= 5:
+                restarted = True
+                fragile_stack.experts[killed].kill()
+                # Nothing ends without this group, so a sequence that runs now was interrupted in its middle.
+                assert fragile_stack.status().num_running == 1
+                fragile_stack.restart_expert(killed)
+
+    assert token_ids == undisturbed.token_ids
+    assert logprobs == undisturbed.logprobs
+    assert fragile_stack.status().connected_replica_ids == ["g0-0", "g1-0"]
+
+
+def test_a_request_is_answered_in_time_when_a_group_stays_away(fragile_stack: LocalStack) -> None:
+    """UNAVAILABLE after expert_wait_s; the same router serves again once the group is back."""
+    server = RouterServer(
+        RouterConfig(
+            checkpoint=str(fragile_stack.checkpoint),
+            host=HOST,
+            dtype=torch.float32,
+            wire_format=WireFormat.FLOAT32,
+            expert_wait_s=0.5,
+            expert_endpoints=tuple(f"{HOST}:{port}" for port in fragile_stack.expert_ports),
+            num_threads=1,
+        )
+    )
+    try:
+        endpoint = server.start()
+        server.wait_loaded(START_TIMEOUT_S)
+        with grpc.insecure_channel(endpoint) as channel:
+            wait_until_ready(channel, time.monotonic() + START_TIMEOUT_S)
+            before = generate(channel, PROMPT, 8)
+            fragile_stack.experts[1].kill()
+
+            with pytest.raises(grpc.RpcError) as refused:
+                generate(channel, PROMPT, 8)
+            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert "g1" in (refused.value.details() or "")
+
+            fragile_stack.restart_expert(1).wait_ready(time.monotonic() + START_TIMEOUT_S)
+            wait_until_ready(channel, time.monotonic() + START_TIMEOUT_S)
+            assert generate(channel, PROMPT, 8) == before
+    finally:
+        server.stop()

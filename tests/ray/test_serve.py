@@ -1,0 +1,131 @@
+"""`shoal serve` on the demo checkpoint with real Ray: one cluster for all of these, stopped by the last one."""
+
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+
+from tests.ray.serve_process import ServeProcess, get_replica, stream_chat, wait_for
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    process = ServeProcess(tmp_path_factory.mktemp("serve"))
+    try:
+        process.wait_ready()
+        yield process
+    finally:
+        process.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(serve: ServeProcess) -> str:
+    """A long greedy answer while nothing happens."""
+    return "".join(stream_chat(serve.url, 200))
+
+
+def test_stdout_is_one_ready_line_with_the_url(serve: ServeProcess):
+    pattern = rf"Shoal is ready on {serve.url} \(model shoal-demo, 4 expert groups, \d+\.\d s\)\n"
+    assert re.fullmatch(pattern, serve.stdout)
+
+
+def test_four_expert_groups_run_in_four_processes(serve: ServeProcess):
+    result = serve.run_command("status", "--url", serve.url, "--json")
+    assert result.returncode == 0, result.stderr
+    status = json.loads(result.stdout)
+    replicas = [replica for group in status["groups"] for replica in group["replicas"]]
+    assert [group["name"] for group in status["groups"]] == ["g0", "g1", "g2", "g3"]
+    assert {replica["state"] for replica in replicas} == {"ready"}
+    pids = {replica["pid"] for replica in replicas} | {router["pid"] for router in status["routers"]}
+    assert len(pids) == 5
+    assert all(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_admin_api_wants_its_token(serve: ServeProcess):
+    assert httpx.get(f"{serve.admin_url}/status", timeout=10, trust_env=False).status_code == 401
+
+
+def test_chat_command_prints_an_answer(serve: ServeProcess):
+    result = serve.run_command("chat", "--url", serve.url, "-m", "import os", "--max-tokens", "8", "--temperature", "0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_answer_is_the_same_when_asked_again(serve: ServeProcess, undisturbed: str):
+    assert "".join(stream_chat(serve.url, 200)) == undisturbed
+
+
+def test_stream_goes_on_when_an_expert_actor_is_killed(serve: ServeProcess, undisturbed: str):
+    before = serve.fetch_status()
+    victim = get_replica(before, "g2")
+    parts: list[str] = []
+    for part in stream_chat(serve.url, 200):
+        parts.append(part)
+        if len(parts) == 10:
+            os.kill(victim["pid"], signal.SIGKILL)
+    assert "".join(parts) == undisturbed
+    wait_for(lambda: get_replica(serve.fetch_status(), "g2")["state"] == "ready", 30)
+    after = get_replica(serve.fetch_status(), "g2")
+    assert after["incarnation"] > victim["incarnation"]
+    assert after["pid"] != victim["pid"]
+    assert after["weight_digest"] == victim["weight_digest"]
+    assert serve.fetch_status()["table_version"] > before["table_version"]
+
+
+def test_tokens_flow_while_the_controller_is_gone_and_it_comes_back(serve: ServeProcess, undisturbed: str):
+    version = serve.fetch_status()["table_version"]
+    controllers = [
+        process
+        for process in psutil.Process(serve.process.pid).children(recursive=True)
+        if process.cmdline()[:1] == ["ray::Controller"]
+    ]
+    assert len(controllers) == 1
+    controllers[0].kill()
+    assert "".join(stream_chat(serve.url, 200)) == undisturbed
+    wait_for(lambda: _is_ready(serve), 60)
+    assert serve.fetch_status()["table_version"] == version
+
+
+def test_requests_are_served_again_after_the_only_router_was_killed(serve: ServeProcess, undisturbed: str):
+    router = serve.fetch_status()["routers"][0]
+    os.kill(router["pid"], signal.SIGKILL)
+    wait_for(lambda: _is_ready(serve) and serve.fetch_status()["routers"][0]["pid"] != router["pid"], 60)
+    wait_for(lambda: httpx.get(f"{serve.url}/health/ready", timeout=10, trust_env=False).is_success, 30)
+    assert "".join(stream_chat(serve.url, 200)) == undisturbed
+
+
+def test_sigint_lets_a_running_stream_finish_and_leaves_no_process(serve: ServeProcess, undisturbed: str):
+    serve.remember_processes()
+    parts: list[str] = []
+    has_begun = threading.Event()
+
+    def read() -> None:
+        for part in stream_chat(serve.url, 200):
+            parts.append(part)
+            has_begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert has_begun.wait(30)
+    serve.process.send_signal(signal.SIGINT)
+    assert serve.process.wait(60) == 0
+    reader.join(10)
+    assert not reader.is_alive()
+    assert "".join(parts) == undisturbed
+    assert serve.list_left_behind() == []
+    assert serve.run_command("status", "--url", serve.url).returncode == 1
+
+
+def _is_ready(serve: ServeProcess) -> bool:
+    try:
+        return serve.fetch_status()["ready"]
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,231 @@
+"""A router's parts in the test's own process: tiny weights, experts reached by a plain call or by real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+from experts.checkpoint import Checkpoint
+from experts.expert_range import split_experts
+from experts.group import ExpertGroup
+from experts.server import ExpertServer, ReplicaIdentity
+from experts.weights import load_expert_weights
+from experts.wire import ComputeFrame, ComputeStatus, encode_refusal, encode_response
+from router.engine import Engine
+from router.expert_table import ExpertTable, GroupEntry, ReplicaEntry
+from router.sampler import SamplingParams
+from router.scheduler import SchedulerLimits
+from router.sequence import GenerationRequest, Sequence, SequenceOutput
+from router.trunk import ExpertDispatcher, Trunk
+from router.weights import load_trunk_weights
+
+DEADLINE_S = 20.0
+GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+
+
+class Fault(enum.Enum):
+    """What a replica does to the next frames it gets."""
+
+    DIE_BEFORE = "breaks the stream instead of computing"
+    DIE_AFTER = "computes, then breaks the stream instead of answering"
+    SLOW = "answers after the router has given up"
+    WRONG_SHAPE = "answers with a row too many"
+    OVERLOADED = "sheds the frame"
+    NOT_HOSTED = "says it does not host an expert that the table places there"
+    GARBLED = "answers with bytes that are no message"
+
+
+class FaultyExpertServer(ExpertServer):
+    """A real server whose next num_faults frames meet a fault. num_frames counts every frame."""
+
+    slow_s = 1.0
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.fault: Fault | None = None
+        self.num_faults = 0
+        self.num_frames = 0
+        self.frame_arrived = threading.Event()
+
+    def _compute_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        for answer in super()._compute_stream(requests, context):
+            if answer == b"die":
+                context.abort(grpc.StatusCode.UNAVAILABLE, "fault")
+            yield answer
+
+    def _compute(self, frame: ComputeFrame, received_s: float, context: grpc.ServicerContext) -> bytes:
+        self.num_frames += 1
+        self.frame_arrived.set()
+        if self.num_faults == 0:
+            return super()._compute(frame, received_s, context)
+        self.num_faults -= 1
+        match self.fault:
+            case Fault.DIE_BEFORE:
+                return b"die"
+            case Fault.DIE_AFTER:
+                super()._compute(frame, received_s, context)
+                return b"die"
+            case Fault.SLOW:
+                time.sleep(self.slow_s)  # the fault itself, not a wait for something
+                return super()._compute(frame, received_s, context)
+            case Fault.WRONG_SHAPE:
+                rows = frame.num_result_rows + 1
+                tensor = torch.zeros(rows, frame.hidden_states.shape[1])
+                return encode_response(
+                    frame_id=frame.frame_id,
+                    incarnation=frame.incarnation,
+                    tensor=tensor,
+                    queue_us=0,
+                    compute_us=0,
+                    dtype=frame.reply_dtype,
+                )
+            case Fault.OVERLOADED | Fault.NOT_HOSTED:
+                return encode_refusal(
+                    frame_id=frame.frame_id,
+                    incarnation=frame.incarnation,
+                    status=ComputeStatus[self.fault.name],
+                    message="fault",
+                )
+            case Fault.GARBLED:
+                return b"\xff\xff\xff"
+            case None:
+                raise AssertionError("num_faults without a fault")
+
+
+def load_groups(folder: Path, num_groups: int, dtype: torch.dtype = torch.float32) -> list[ExpertGroup]:
+    checkpoint = Checkpoint(folder)
+    return [
+        ExpertGroup(load_expert_weights(checkpoint, hosted, dtype))
+        for hosted in split_experts(checkpoint.config, num_groups)
+    ]
+
+
+def start_replica(group: ExpertGroup, name: str, replica_id: str) -> FaultyExpertServer:
+    server = FaultyExpertServer(group, ReplicaIdentity(name, replica_id, incarnation=time.time_ns()))
+    server.start()
+    return server
+
+
+def entry_of(server: ExpertServer, group: ExpertGroup) -> ReplicaEntry:
+    identity = server._identity  # pyright: ignore[reportPrivateUsage]
+    return ReplicaEntry(
+        identity.replica_id, server.endpoint, identity.incarnation, group.weight_digest, group.numerics_id
+    )
+
+
+def build_table(version: int, groups: list[ExpertGroup], servers: list[list[ExpertServer]]) -> ExpertTable:
+    """servers[i]: the replicas of groups[i]."""
+    return ExpertTable(
+        version,
+        tuple(
+            GroupEntry(f"g{index}", tuple(group.hosted), tuple(entry_of(server, group) for server in replicas))
+            for index, (group, replicas) in enumerate(zip(groups, servers, strict=True))
+        ),
+    )
+
+
+class LocalDispatcher:
+    """trunk.ExpertDispatcher by plain calls: the same plan and sums, no transport. Can be told to fail or to wait."""
+
+    def __init__(self, groups: list[ExpertGroup]) -> None:
+        self._groups = groups
+        self.error: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def scatter(
+        self, layer_id: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> Any:
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        total = torch.zeros(hidden_states.shape, dtype=torch.float32)
+        for row in range(hidden_states.shape[0]):
+            order = topk_ids[row].argsort()
+            for group in self._groups:
+                owned = [
+                    i for i in order.tolist() if any(r.contains(layer_id, int(topk_ids[row, i])) for r in group.hosted)
+                ]
+                if owned:
+                    frame = ComputeFrame(
+                        frame_id=1, incarnation=0, table_version=0, layer_id=layer_id,
+                        hidden_states=hidden_states[row : row + 1].float(),
+                        pair_rows=torch.zeros(len(owned), dtype=torch.int32).numpy(),
+                        pair_experts=topk_ids[row, owned].int().numpy(),
+                        pair_weights=topk_weights[row, owned].numpy(),
+                        exact=False, deadline_ms=1000, reply_dtype=torch.float32,
+                    )  # fmt: skip
+                    total[row] += group.compute(frame)[0]
+        return _Gathered(total)
+
+
+class _Gathered:
+    def __init__(self, total: torch.Tensor) -> None:
+        self._total = total
+
+    async def gather(self) -> torch.Tensor:
+        return self._total
+
+
+def build_engine(
+    folder: Path,
+    dispatcher: ExpertDispatcher,
+    *,
+    limits: SchedulerLimits | None = None,
+    max_model_len: int = 256,
+    deterministic: bool = True,
+) -> Engine:
+    checkpoint = Checkpoint(folder)
+    with torch.inference_mode():
+        trunk = Trunk(
+            checkpoint.config,
+            load_trunk_weights(checkpoint, torch.float32),
+            dispatcher,
+            max_model_len=max_model_len,
+            deterministic=deterministic,
+        )
+    limits = limits or SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, max_cached_tokens=4096, max_waiting=32)
+    return Engine(checkpoint.config, trunk, limits, max_model_len=max_model_len, dtype=torch.float32)
+
+
+def request(prompt: list[int], max_tokens: int = 8, **overrides: Any) -> GenerationRequest:
+    fields: dict[str, Any] = {
+        "request_id": "test",
+        "prompt_token_ids": tuple(prompt),
+        "sampling": GREEDY,
+        "max_tokens": max_tokens,
+        "stop_token_ids": frozenset(),
+        "ignore_eos": True,
+        "min_tokens": 0,
+        "logprobs": None,
+        "prompt_logprobs": None,
+    }
+    return GenerationRequest(**{**fields, **overrides})
+
+
+async def collect(sequence: Sequence) -> SequenceOutput:
+    """Everything a sequence gave, as one output. Raises the error that ended it."""
+    whole = SequenceOutput()
+    while whole.finish_reason is None:
+        output = await asyncio.wait_for(sequence.outputs.get(), DEADLINE_S)
+        if isinstance(output, Exception):
+            raise output
+        whole = SequenceOutput(
+            whole.tokens + output.tokens,
+            whole.prompt_tokens + output.prompt_tokens,
+            output.finish_reason,
+            output.stop_token_id,
+        )
+    return whole
+
+
+def token_ids(output: SequenceOutput) -> list[int]:
+    return [token.token_id for token in output.tokens]

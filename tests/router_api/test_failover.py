@@ -1,0 +1,257 @@
+"""Several routers: who gets a request, and how it goes on when one is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from router.api.router_client import RouterClient, StaticEndpoints
+from router.api.settings import ApiSettings
+from router.api.tokenizer import TextTokenizer
+from router.v1 import router_pb2
+from tests.router_api.api_server import ApiServer
+from tests.router_api.conftest import MODEL
+from tests.router_api.scripted_router import (
+    ScriptedRouter,
+    answer,
+    answer_forever,
+    fail,
+    in_turn,
+    prompt_response,
+    token,
+)
+
+WAIT_S = 10.0
+
+
+class ChangingEndpoints:
+    """An address list that tests change."""
+
+    def __init__(self, endpoints: Sequence[str]) -> None:
+        self.endpoints = list(endpoints)
+        self.is_broken = False
+
+    async def get(self) -> Sequence[str]:
+        if self.is_broken:
+            raise RuntimeError("the directory is gone")
+        return self.endpoints
+
+
+class Cluster:
+    """Two routers and the app in front of them."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self.routers = [ScriptedRouter(), ScriptedRouter()]
+        self.endpoints = ChangingEndpoints([router.endpoint for router in self.routers])
+        self.api = ApiServer(settings, self.endpoints)
+
+    def post(self, **fields: Any) -> httpx.Response:
+        body = {"model": MODEL, "prompt": "x", **fields}
+        return httpx.post(f"{self.api.url}/v1/completions", json=body, timeout=WAIT_S)
+
+    @property
+    def num_requests(self) -> list[int]:
+        return [len(router.requests) for router in self.routers]
+
+    def stop(self) -> None:
+        self.api.stop()
+        for router in self.routers:
+            router.stop()
+
+
+@pytest.fixture
+def cluster(settings: ApiSettings) -> Iterator[Cluster]:
+    cluster = Cluster(settings)
+    yield cluster
+    cluster.stop()
+
+
+def test_the_router_with_fewest_requests_is_chosen(cluster: Cluster) -> None:
+    for router in cluster.routers:
+        router.script = answer_forever([])
+    threads = [threading.Thread(target=cluster.post, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    pause = threading.Event()
+    for _ in range(1000):
+        if sum(cluster.num_requests) == 4:
+            break
+        pause.wait(0.01)
+    assert cluster.num_requests == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED]
+)
+def test_a_router_that_refuses_is_passed_over(cluster: Cluster, code: grpc.StatusCode) -> None:
+    script = in_turn(fail(code), answer([50]))
+    for router in cluster.routers:
+        router.script = script
+    assert cluster.post().status_code == 200
+    assert cluster.num_requests == [1, 1]
+
+
+def test_bad_requests_are_not_repeated(cluster: Cluster) -> None:
+    for router in cluster.routers:
+        router.script = fail(grpc.StatusCode.INVALID_ARGUMENT)
+    assert cluster.post().status_code == 400
+    assert sum(cluster.num_requests) == 1
+
+
+def test_full_routers_are_not_asked_again(cluster: Cluster) -> None:
+    for router in cluster.routers:
+        router.script = fail(grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert cluster.post().status_code == 429
+    assert cluster.num_requests == [1, 1]
+
+
+def test_a_router_on_a_new_address_is_found(cluster: Cluster) -> None:
+    """Both are gone, one comes back elsewhere: the request waits for it within its bound."""
+    for router in cluster.routers:
+        router.stop()
+    replacement = ScriptedRouter()
+    try:
+        results: list[httpx.Response] = []
+        worker = threading.Thread(target=lambda: results.append(cluster.post()))
+        worker.start()
+        cluster.endpoints.endpoints = [replacement.endpoint]
+        worker.join(WAIT_S)
+        assert results[0].status_code == 200
+    finally:
+        replacement.stop()
+
+
+def test_lost_routers_end_in_one_clear_error(cluster: Cluster) -> None:
+    for router in cluster.routers:
+        router.stop()
+    answered = cluster.post()
+    assert answered.status_code == 503 and int(answered.headers["retry-after"]) > 0
+
+
+def test_no_routers_at_all(cluster: Cluster) -> None:
+    cluster.endpoints.endpoints = []
+    assert cluster.post().status_code == 503
+
+
+def test_known_routers_serve_while_the_directory_is_gone(cluster: Cluster) -> None:
+    assert cluster.post().status_code == 200
+    cluster.endpoints.is_broken = True
+    for router in cluster.routers:
+        router.script = in_turn(fail(grpc.StatusCode.UNAVAILABLE), answer([50]))
+    assert cluster.post().status_code == 200
+
+
+def test_a_lost_stream_goes_on_elsewhere(cluster: Cluster, tokenizer: TextTokenizer) -> None:
+    ids = [tokenizer.encode_raw(letter, add_special_tokens=False)[0] for letter in "hello world"]
+    first, rest = ids[:3], ids[3:]
+    script = in_turn(fail(grpc.StatusCode.UNAVAILABLE, after=first), answer(rest, stop_id=1))
+    for router in cluster.routers:
+        router.script = script
+    answered = cluster.post(prompt=[5, 6], max_tokens=40, min_tokens=5, seed=3, echo=True, logprobs=0)
+    choice = answered.json()["choices"][0]
+    assert choice["text"].endswith("hello world") and choice["finish_reason"] == "stop"
+    assert answered.json()["usage"]["completion_tokens"] == len(ids) + 1
+    (second,) = [
+        request for router in cluster.routers for request in router.requests if len(request.prompt_token_ids) > 2
+    ]
+    assert list(second.prompt_token_ids) == [5, 6, *first]
+    assert (second.max_tokens, second.min_tokens, second.sampling.seed) == (37, 2, 3)
+    assert not second.HasField("prompt_logprobs")
+
+
+def test_prompt_logprobs_are_not_repeated_when_a_router_is_lost_among_them(cluster: Cluster) -> None:
+    def lose_after_two(request: router_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        response = prompt_response(request)
+        del response.prompt_tokens[2:]
+        yield response
+        context.abort(grpc.StatusCode.UNAVAILABLE, "scripted")
+
+    script = in_turn(lose_after_two, answer([60]))
+    for router in cluster.routers:
+        router.script = script
+    logprobs = cluster.post(prompt=[5, 6, 7, 8], echo=True, logprobs=0, max_tokens=1).json()["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == 5
+    assert logprobs["token_logprobs"].count(None) == 1
+
+
+@pytest.mark.parametrize(("last", "finish_reason"), [(1, "stop"), (50, "length")])
+def test_a_router_lost_between_the_last_token_and_saying_so(cluster: Cluster, last: int, finish_reason: str) -> None:
+    for router in cluster.routers:
+        router.script = fail(grpc.StatusCode.UNAVAILABLE, after=[50, 50, last])
+    choice = cluster.post(max_tokens=3 if finish_reason == "length" else 9).json()["choices"][0]
+    assert choice["finish_reason"] == finish_reason
+    assert sum(cluster.num_requests) == 1
+
+
+def test_a_killed_router_is_replaced_midway(cluster: Cluster, tokenizer: TextTokenizer) -> None:
+    """Its connection breaks, as opposed to a status that it sends."""
+    ids = tokenizer.encode_raw("hello world", add_special_tokens=False)
+    sent = threading.Event()
+
+    def hang(request: router_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield router_pb2.GenerateResponse(tokens=[token(ids[0], request)])
+        sent.set()
+        ended = threading.Event()
+        if context.add_callback(ended.set):
+            ended.wait(WAIT_S)
+
+    for router in cluster.routers:
+        router.script = in_turn(hang)
+    results: list[httpx.Response] = []
+    worker = threading.Thread(target=lambda: results.append(cluster.post(prompt=[5], max_tokens=30)))
+    worker.start()
+    assert sent.wait(WAIT_S)
+    busy, other = sorted(cluster.routers, key=lambda router: -len(router.requests))
+    other.script = answer(ids[1:], stop_id=1)
+    busy.stop()
+    worker.join(WAIT_S)
+    assert results[0].json()["choices"][0]["text"] == "hello world"
+
+
+def test_a_request_that_kills_routers_does_not_get_all_of_them(settings: ApiSettings) -> None:
+    routers = [ScriptedRouter() for _ in range(5)]
+
+    def die_of_it(request: router_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        for router in routers:
+            if request in router.requests:
+                threading.Thread(target=router.stop).start()
+        ended = threading.Event()
+        if context.add_callback(ended.set):
+            ended.wait(WAIT_S)
+        yield from ()
+
+    for router in routers:
+        router.script = die_of_it
+    api = ApiServer(settings, StaticEndpoints([router.endpoint for router in routers]))
+    try:
+        assert httpx.get(f"{api.url}/health/ready", timeout=WAIT_S).status_code == 200
+        answered = httpx.post(f"{api.url}/v1/completions", json={"model": MODEL, "prompt": "x"}, timeout=WAIT_S)
+        assert answered.status_code == 503
+        assert sum(len(router.requests) for router in routers) == 3
+    finally:
+        api.stop()
+        for router in routers:
+            router.stop()
+
+
+async def test_a_router_that_leaves_while_it_is_asked_for_its_status_counts_as_silent(settings: ApiSettings) -> None:
+    """Its channel is closed under the question; that must not look as if the one who asks was cancelled."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        endpoints = ChangingEndpoints([f"127.0.0.1:{silent.getsockname()[1]}"])
+        client = RouterClient(endpoints, replace(settings, status_timeout_s=WAIT_S), ())
+        asking = asyncio.create_task(client.fetch_statuses())
+        connection, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(silent), WAIT_S)
+        endpoints.endpoints = []
+        assert await client.fetch_statuses() == []
+        assert [status.status for status in await asyncio.wait_for(asking, WAIT_S)] == [None]
+        connection.close()
+        await client.close()
