@@ -10,19 +10,18 @@ Letters in shapes: T tokens of the step, n new tokens of a sequence, C context, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from experts.model_config import ModelConfig
-from router.latent_cache import LatentCache
+from router.block_pool import count_blocks
 from router.linear import Linear
 from router.norm import rms_norm
 from router.rotary import apply_rotary
+from router.step_batch import StepBatch
 
 # The context is read in chunks at fixed absolute positions, so that a row's sums are grouped in the same way in
 # prefill, decode and re-prefill, and scores stay in the cache (DESIGN.md section 5).
@@ -54,30 +53,28 @@ class AttentionWeights:
     o_proj: Linear
 
 
-class Segment(NamedTuple):
-    """The rows [start, start + num_new) of a step's batch: one sequence whose context was context_len before."""
-
-    cache: LatentCache
-    start: int
-    num_new: int
-    context_len: int
-
-
 class Attention:
-    """MLA of one layer. Writes the new rows to each segment's cache, then attends causally."""
+    """MLA of one layer. Writes the new rows to the layer's cache, then attends causally."""
 
     def __init__(
-        self, config: ModelConfig, layer_id: int, weights: AttentionWeights, softmax_scale: float, deterministic: bool
+        self,
+        config: ModelConfig,
+        cache: Tensor,
+        weights: AttentionWeights,
+        softmax_scale: float,
+        deterministic: bool,
     ) -> None:
-        """deterministic: every token is computed alone, with the products that decode makes, so that its bits do not
+        """cache: this layer's [num_blocks, BLOCK_SIZE, L + R].
+
+        deterministic: every token is computed alone, with the products that decode makes, so that its bits do not
         depend on the rows beside it. Otherwise tokens share products, and long prefills expand keys and values."""
         self._config = config
-        self._layer_id = layer_id
+        self._cache = cache
         self._weights = weights
         self._scale = softmax_scale
         self._deterministic = deterministic
 
-    def forward(self, hidden_states: Tensor, rotations: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def forward(self, hidden_states: Tensor, rotations: Tensor, batch: StepBatch) -> Tensor:
         """hidden_states: [T, hidden_size] normed; rotations: [T, R / 2] complex64. Returns [T, hidden_size]."""
         config, weights = self._config, self._weights
         num_tokens, num_heads = hidden_states.shape[0], config.num_attention_heads
@@ -95,11 +92,12 @@ class Attention:
         queries = torch.cat([self._per_head(q_nope, weights.w_uk), q_pe], dim=-1)  # [T, H, L + R]
         latents = queries.new_empty(num_tokens, num_heads, config.kv_lora_rank)  # [T, H, L]
         expanded: list[tuple[slice, Tensor]] = []
-        for segment in segments:
+        self._cache.view(-1, rows.shape[1])[batch.slot_mapping] = rows
+        for index, segment in enumerate(batch.segments):
             span = slice(segment.start, segment.start + segment.num_new)
             context_len = segment.context_len + segment.num_new
-            cache = segment.cache.layer(self._layer_id)
-            cache[segment.context_len : context_len] = rows[span]
+            block_ids = batch.block_tables[index, : count_blocks(context_len)]
+            cache = self._cache[block_ids].view(-1, rows.shape[1])
             if not self._deterministic and segment.num_new >= EXPAND_FROM and context_len <= EXPAND_UP_TO:
                 expanded.append((span, self._attend_expanded(q_nope[span], q_pe[span], cache[:context_len])))
             else:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from experts.model_config import ModelConfig
-from router.attention import Segment
 from router.errors import BadRequest, NotReady, RouterError
-from router.latent_cache import LatentCache
 from router.sampler import SampleRow, TokenLogprobs, compute_logprobs, sample
 from router.scheduler import ScheduledChunk, Scheduler, SchedulerLimits
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
-from router.trunk import StepBatch, Trunk
+from router.step_batch import StepBatch, TokenSpan, build_step_batch
+from router.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +42,12 @@ class EngineProgress:
 class Engine:
     """Owned by one event loop; every method is called on it."""
 
-    def __init__(
-        self, config: ModelConfig, trunk: Trunk, limits: SchedulerLimits, *, max_model_len: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, trunk: Trunk, limits: SchedulerLimits, *, max_model_len: int) -> None:
+        """limits.num_blocks: of the trunk's cache."""
         self._config = config
         self._trunk = trunk
         self._scheduler = Scheduler(limits)
         self._max_model_len = max_model_len
-        self._dtype = dtype
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._wake = asyncio.Event()
         self._draining = False
@@ -78,12 +75,7 @@ class Engine:
         if self._draining:
             raise NotReady("the router is draining")
         self._validate(request)
-        capacity = len(request.prompt_token_ids) + request.max_tokens
-        sequence = Sequence(
-            request=request,
-            token_ids=list(request.prompt_token_ids),
-            cache=LatentCache(self._config, capacity, self._dtype),
-        )
+        sequence = Sequence(request=request, token_ids=list(request.prompt_token_ids))
         self._scheduler.add(sequence)
         self._wake.set()
         return sequence
@@ -122,7 +114,7 @@ class Engine:
                 await asyncio.sleep(0)  # the RPC handlers send what the step gave them
 
     async def _step(self, chunks: list[ScheduledChunk]) -> None:
-        batch = _build_batch(chunks)
+        batch = build_step_batch([_span_of(chunk) for chunk in chunks])
         hidden_states = await self._trunk.forward(batch)
         self._hand_out_prompt_logprobs(chunks, batch, hidden_states)
         sampled = self._sample(chunks, batch, hidden_states)
@@ -226,15 +218,6 @@ class Engine:
                 raise BadRequest(f"{name} {highest} is outside the vocabulary of {self._config.vocab_size}")
 
 
-def _build_batch(chunks: list[ScheduledChunk]) -> StepBatch:
-    """Flatten the chunks, in their order, and make room in their caches."""
-    input_ids: list[int] = []
-    positions: list[int] = []
-    segments: list[Segment] = []
-    for sequence, num_new in chunks:
-        start, stop = sequence.num_computed, sequence.num_computed + num_new
-        sequence.cache.reserve(stop)
-        segments.append(Segment(sequence.cache, len(input_ids), num_new, start))
-        input_ids.extend(sequence.token_ids[start:stop])
-        positions.extend(range(start, stop))
-    return StepBatch(torch.tensor(input_ids), torch.tensor(positions), segments)
+def _span_of(chunk: ScheduledChunk) -> TokenSpan:
+    sequence, start = chunk.sequence, chunk.sequence.num_computed
+    return TokenSpan(sequence.token_ids[start : start + chunk.num_new], start, sequence.block_ids)

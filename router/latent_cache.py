@@ -1,6 +1,6 @@
-"""What a sequence leaves behind in every layer: RMS-normed c_kv and roped k_pe, one row per token.
+"""What tokens leave behind in every layer: RMS-normed c_kv and roped k_pe, one row per token, in blocks.
 
-One cache belongs to one sequence. Its rows of a layer lie side by side, so attention reads them in place.
+One cache serves all sequences of a router. It knows only storage: which block belongs to whom is BlockPool's business.
 """
 
 from __future__ import annotations
@@ -9,40 +9,27 @@ import torch
 from torch import Tensor
 
 from experts.model_config import ModelConfig
+from router.block_pool import BLOCK_SIZE
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """70,272 for DeepSeek-V3 in bf16."""
+    """71,424 for DeepSeek-V3 in bf16: 61 layers and an MTP layer of 576 values."""
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    return config.num_hidden_layers * width * dtype.itemsize
-
-
-def _round_up(num_tokens: int) -> int:
-    """To a multiple of 64 rows: every layer starts on a cache line, as products may depend on alignment."""
-    return -(-num_tokens // 64) * 64
+    return config.num_layers_total * width * dtype.itemsize
 
 
 class LatentCache:
-    """Rows for up to capacity tokens of one sequence; storage grows by doubling, so short answers stay small."""
+    """Rows for num_blocks blocks in every layer. The system gives memory to a block when it is first written."""
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, initial_tokens: int = 64) -> None:
-        self._capacity = capacity
+    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype) -> None:
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        num_tokens = _round_up(min(capacity, initial_tokens))
-        self._rows = torch.empty(config.num_hidden_layers, num_tokens, width, dtype=dtype)
+        self._rows = torch.empty(config.num_layers_total, num_blocks, BLOCK_SIZE, width, dtype=dtype)
 
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for num_tokens in all, before a step writes them. Raises ValueError beyond the capacity."""
-        if num_tokens > self._capacity:
-            raise ValueError(f"{num_tokens} tokens for a cache of {self._capacity}")
-        held = self._rows.shape[1]
-        if num_tokens <= held:
-            return
-        wanted = _round_up(min(self._capacity, max(num_tokens, 2 * held)))
-        grown = self._rows.new_empty(self._rows.shape[0], wanted, self._rows.shape[2])
-        grown[:, :held] = self._rows
-        self._rows = grown
+    @property
+    def num_blocks(self) -> int:
+        return self._rows.shape[1]
 
     def layer(self, layer_id: int) -> Tensor:
-        """[held, kv_lora_rank + qk_rope_head_dim]: a view; rows from the sequence's length on are not written yet."""
+        """[num_blocks, BLOCK_SIZE, kv_lora_rank + qk_rope_head_dim]: a view. MTP layers lie under their layer ids,
+        from num_hidden_layers on."""
         return self._rows[layer_id]

@@ -10,18 +10,19 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from router.block_pool import BLOCK_SIZE, BlockPool, count_blocks
 from router.errors import BadRequest, QueueFull
 from router.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_num_seqs: running at once. max_batched_tokens: of one step. max_cached_tokens: of all running sequences at
-    their full length. max_waiting: beyond it a request is refused."""
+    """max_num_seqs: running at once. max_batched_tokens: of one step. num_blocks: of cache, for all running
+    sequences. max_waiting: beyond it a request is refused."""
 
     max_num_seqs: int
     max_batched_tokens: int
-    max_cached_tokens: int
+    num_blocks: int
     max_waiting: int
 
 
@@ -39,14 +40,15 @@ class Scheduler:
         self._limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._reserved_tokens = 0
+        self._pool = BlockPool(limits.num_blocks)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises BadRequest if it could never be admitted, QueueFull if too many wait."""
         needed = sequence.max_total_tokens
-        if needed > self._limits.max_cached_tokens:
+        if count_blocks(needed) > self._pool.num_blocks:
+            held = self._pool.num_blocks * BLOCK_SIZE
             raise BadRequest(
-                f"the request needs {needed} tokens of KV cache, this router holds {self._limits.max_cached_tokens}: "
+                f"the request needs {needed} tokens of KV cache, this router holds {held}: "
                 "shorten the prompt or lower max_tokens"
             )
         if len(self.waiting) >= self._limits.max_waiting:
@@ -54,10 +56,11 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; its reserved cache becomes free."""
+        """Forget a sequence, wherever it is; its blocks become free."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._reserved_tokens -= sequence.max_total_tokens
+            self._pool.release(sequence.block_ids)
+            sequence.block_ids = []
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -78,8 +81,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._limits.max_num_seqs:
-            needed = self.waiting[0].max_total_tokens
-            if self._reserved_tokens + needed > self._limits.max_cached_tokens:
+            needed = count_blocks(self.waiting[0].max_total_tokens)
+            if needed > self._pool.num_free:
                 return
-            self.running.append(self.waiting.popleft())
-            self._reserved_tokens += needed
+            sequence = self.waiting.popleft()
+            sequence.block_ids = self._pool.allocate(needed)
+            self.running.append(sequence)

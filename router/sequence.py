@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from router.latent_cache import LatentCache
-from router.sampler import SamplingParams, TokenLogprobs
+if TYPE_CHECKING:  # the scheduler needs no torch
+    from router.sampler import SamplingParams, TokenLogprobs
 
 
 class FinishReason(enum.Enum):
@@ -52,13 +53,14 @@ class SequenceOutput:
 class Sequence:
     """Mutated by the engine only. token_ids: the prompt, then what was generated.
 
-    num_computed: tokens whose cache rows are written. outputs ends with one that has a finish_reason, or with an error.
+    num_computed: tokens whose cache rows are written. block_ids: the blocks with these rows, in order.
+    outputs ends with one that has a finish_reason, or with an error.
     """
 
     request: GenerationRequest
     token_ids: list[int]
-    cache: LatentCache
     num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list[int])
     cancelled: bool = False
     outputs: asyncio.Queue[SequenceOutput | Exception] = field(
         default_factory=asyncio.Queue[SequenceOutput | Exception]

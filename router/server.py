@@ -26,11 +26,12 @@ from experts.kernels.cpu_ffn import load_cpu_kernel
 from experts.memory import get_available_bytes
 from experts.model_config import ModelConfig
 from experts.wire import MAX_MESSAGE_BYTES, WireFormat
+from router.block_pool import BLOCK_SIZE, count_blocks
 from router.dispatch import CombineMode, Dispatcher, DispatchOptions
 from router.engine import Engine
 from router.errors import NotReady
 from router.expert_pool import ExpertPool
-from router.latent_cache import cache_bytes_per_token
+from router.latent_cache import LatentCache, cache_bytes_per_token
 from router.scheduler import SchedulerLimits
 from router.service import RouterService, wait_drained
 from router.static_experts import StaticExperts
@@ -197,17 +198,17 @@ class RouterServer:
                 self.pool,
                 DispatchOptions(config.wire_format, config.combine, config.call_timeout_s, config.expert_wait_s),
             )
+            limits = self._limits()
             with torch.inference_mode():
                 trunk = Trunk(
                     self._model,
                     weights,
                     dispatcher,
+                    LatentCache(self._model, limits.num_blocks, config.dtype),
                     max_model_len=self._max_model_len,
                     deterministic=config.deterministic,
                 )
-            self._engine = Engine(
-                self._model, trunk, self._limits(), max_model_len=self._max_model_len, dtype=config.dtype
-            )
+            self._engine = Engine(self._model, trunk, limits, max_model_len=self._max_model_len)
         except BaseException as error:
             self._loaded.set_exception(error)
             raise
@@ -228,8 +229,9 @@ class RouterServer:
         available_bytes = get_available_bytes()
         if available_bytes is None:
             available_bytes = psutil.virtual_memory().available
-        num_tokens = int(available_bytes * CACHE_MEMORY_SHARE) // per_token
-        num_tokens = min(num_tokens, self._config.max_num_seqs * self._max_model_len)
+        num_blocks = int(available_bytes * CACHE_MEMORY_SHARE) // (per_token * BLOCK_SIZE)
+        num_blocks = min(num_blocks, self._config.max_num_seqs * count_blocks(self._max_model_len))
+        num_tokens = num_blocks * BLOCK_SIZE
         logger.info(
             "latent cache tokens=%d bytes_per_token=%d requests_at_full_length=%.1f max_model_len=%d",
             num_tokens,
@@ -240,7 +242,7 @@ class RouterServer:
         return SchedulerLimits(
             max_num_seqs=self._config.max_num_seqs,
             max_batched_tokens=self._config.max_batched_tokens,
-            max_cached_tokens=num_tokens,
+            num_blocks=num_blocks,
             max_waiting=self._config.max_waiting,
         )
 

@@ -6,8 +6,6 @@ a dispatcher, which is passed in; the trunk knows neither transport nor expert t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.model_config import ModelConfig
-from router.attention import Attention, Segment
+from router.attention import Attention
 from router.gate import compute_gate_logits, select_experts
+from router.latent_cache import LatentCache
 from router.norm import rms_norm
 from router.rotary import compute_rotations, compute_softmax_scale
+from router.step_batch import StepBatch
 from router.weights import LayerWeights, TrunkWeights
 
 
@@ -40,15 +40,6 @@ class ExpertDispatcher(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """input_ids, positions: [num_tokens] int64. segments partition the rows."""
-
-    input_ids: Tensor
-    positions: Tensor
-    segments: Sequence[Segment]
-
-
 class Trunk:
     """Embedding, layers, final norm and head."""
 
@@ -57,6 +48,7 @@ class Trunk:
         config: ModelConfig,
         weights: TrunkWeights,
         dispatcher: ExpertDispatcher,
+        cache: LatentCache,
         *,
         max_model_len: int,
         deterministic: bool,
@@ -67,7 +59,7 @@ class Trunk:
         self._rotations = compute_rotations(config, max_model_len)  # [max_model_len, R / 2] complex64
         scale = compute_softmax_scale(config)
         self._attention = [
-            Attention(config, layer_id, layer.attention, scale, deterministic)
+            Attention(config, cache.layer(layer_id), layer.attention, scale, deterministic)
             for layer_id, layer in enumerate(weights.layers)
         ]
 
@@ -78,7 +70,7 @@ class Trunk:
         hidden_states = functional.embedding(batch.input_ids, self._weights.embed_tokens)
         for layer_id, layer in enumerate(self._weights.layers):
             normed = rms_norm(hidden_states, layer.input_layernorm, eps)
-            hidden_states = hidden_states + self._attention[layer_id].forward(normed, rotations, batch.segments)
+            hidden_states = hidden_states + self._attention[layer_id].forward(normed, rotations, batch)
             normed = rms_norm(hidden_states, layer.post_attention_layernorm, eps)
             ffn = layer.mlp(normed) if layer.mlp is not None else await self._moe(layer_id, layer, normed)
             hidden_states = (hidden_states + ffn).to(hidden_states.dtype)  # summed in float32, rounded once

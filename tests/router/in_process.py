@@ -21,6 +21,7 @@ from experts.weights import load_expert_weights
 from experts.wire import ComputeFrame, ComputeStatus, encode_refusal, encode_response
 from router.engine import Engine
 from router.expert_table import ExpertTable, GroupEntry, ReplicaEntry
+from router.latent_cache import LatentCache
 from router.sampler import SamplingParams
 from router.scheduler import SchedulerLimits
 from router.sequence import GenerationRequest, Sequence, SequenceOutput
@@ -184,16 +185,17 @@ def build_engine(
     deterministic: bool = True,
 ) -> Engine:
     checkpoint = Checkpoint(folder)
+    limits = limits or SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, num_blocks=128, max_waiting=32)
     with torch.inference_mode():
         trunk = Trunk(
             checkpoint.config,
             load_trunk_weights(checkpoint, torch.float32),
             dispatcher,
+            LatentCache(checkpoint.config, limits.num_blocks, torch.float32),
             max_model_len=max_model_len,
             deterministic=deterministic,
         )
-    limits = limits or SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, max_cached_tokens=4096, max_waiting=32)
-    return Engine(checkpoint.config, trunk, limits, max_model_len=max_model_len, dtype=torch.float32)
+    return Engine(checkpoint.config, trunk, limits, max_model_len=max_model_len)
 
 
 def request(prompt: list[int], max_tokens: int = 8, **overrides: Any) -> GenerationRequest:

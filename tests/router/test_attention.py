@@ -9,10 +9,12 @@ import torch
 from experts.checkpoint import Checkpoint
 from experts.model_config import ModelConfig
 from router import attention as attention_module
-from router.attention import Attention, Segment
+from router.attention import Attention
+from router.block_pool import count_blocks
 from router.latent_cache import LatentCache
 from router.norm import rms_norm
 from router.rotary import apply_rotary, compute_rotations, compute_softmax_scale
+from router.step_batch import TokenSpan, build_step_batch
 from router.weights import LayerWeights, load_trunk_weights
 from tests.random_checkpoint import read_tensors
 from tests.tolerances import FLOAT32_RELATIVE_ERROR
@@ -58,15 +60,18 @@ def in_chunks(
     config: ModelConfig, layer: LayerWeights, x: torch.Tensor, sizes: list[int], *, deterministic: bool
 ) -> torch.Tensor:
     """The same through Attention, the sequence cut into steps of the given sizes."""
-    attention = Attention(config, 0, layer.attention, compute_softmax_scale(config), deterministic)
+    # Its blocks lie in no order, among those of others.
+    block_ids = [11, 3, 7, 0, 9][: count_blocks(x.shape[0])]
+    cache = LatentCache(config, 12, torch.float32)
+    cache.layer(0).fill_(float("nan"))
+    attention = Attention(config, cache.layer(0), layer.attention, compute_softmax_scale(config), deterministic)
     rotations = compute_rotations(config, x.shape[0])
-    cache = LatentCache(config, x.shape[0], torch.float32, initial_tokens=16)
     outputs: list[torch.Tensor] = []
     start = 0
     for size in sizes:
-        cache.reserve(start + size)
         span = slice(start, start + size)
-        outputs.append(attention.forward(x[span], rotations[span], [Segment(cache, 0, size, start)]))
+        batch = build_step_batch([TokenSpan([0] * size, start, block_ids)])
+        outputs.append(attention.forward(x[span], rotations[span], batch))
         start += size
     assert start == x.shape[0]
     return torch.cat(outputs)
@@ -116,29 +121,15 @@ def test_sequences_of_one_batch_do_not_see_each_other(
     model: tuple[ModelConfig, LayerWeights], stored: Mapping[str, torch.Tensor]
 ) -> None:
     config, layer = model
-    attention = Attention(config, 0, layer.attention, compute_softmax_scale(config), deterministic=False)
+    cache = LatentCache(config, 4, torch.float32)
+    attention = Attention(config, cache.layer(0), layer.attention, compute_softmax_scale(config), deterministic=False)
     generator = torch.Generator().manual_seed(1)
     lengths = [5, 1, 9]
     inputs = [torch.randn(length, config.hidden_size, generator=generator) for length in lengths]
     rotations = compute_rotations(config, max(lengths))
-    caches = [LatentCache(config, length, torch.float32) for length in lengths]
-    starts = [0, 5, 6]
-    segments = [Segment(cache, start, length, 0) for cache, start, length in zip(caches, starts, lengths, strict=True)]
+    batch = build_step_batch([TokenSpan([0] * length, 0, [3 - index]) for index, length in enumerate(lengths)])
 
-    together = attention.forward(torch.cat(inputs), torch.cat([rotations[:length] for length in lengths]), segments)
+    together = attention.forward(torch.cat(inputs), torch.cat([rotations[:length] for length in lengths]), batch)
 
-    for x, start in zip(inputs, starts, strict=True):
+    for x, start in zip(inputs, [0, 5, 6], strict=True):
         torch.testing.assert_close(together[start : start + len(x)], textbook(config, stored, x), rtol=1e-4, atol=1e-5)
-
-
-def test_cache_grows_and_keeps_its_rows_and_refuses_more_than_its_capacity(
-    model: tuple[ModelConfig, LayerWeights],
-) -> None:
-    config, _ = model
-    cache = LatentCache(config, 100, torch.float32, initial_tokens=4)
-    cache.layer(1)[:4] = 7.0
-    cache.reserve(90)
-    assert cache.layer(1).shape[0] >= 90
-    assert (cache.layer(1)[:4] == 7.0).all()
-    with pytest.raises(ValueError, match="101 tokens for a cache of 100"):
-        cache.reserve(101)

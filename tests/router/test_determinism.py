@@ -15,6 +15,7 @@ from experts.wire import WireFormat
 from router.dispatch import Dispatcher, DispatchOptions
 from router.engine import Engine
 from router.expert_pool import ExpertPool
+from router.latent_cache import LatentCache
 from router.scheduler import SchedulerLimits
 from router.sequence import SequenceOutput
 from router.trunk import Trunk
@@ -28,8 +29,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 PROMPTS = [[0, 5, 9, 200], [0, 17], [0, *range(30, 130)], [0, 250, 251, 252, 253, 254], list(range(40, 57))]
-WIDE = SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, max_cached_tokens=4096, max_waiting=32)
-NARROW = SchedulerLimits(max_num_seqs=4, max_batched_tokens=7, max_cached_tokens=4096, max_waiting=32)
+WIDE = SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, num_blocks=128, max_waiting=32)
+NARROW = SchedulerLimits(max_num_seqs=4, max_batched_tokens=7, num_blocks=128, max_waiting=32)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,9 @@ async def running(folder: Path, limits: SchedulerLimits, num_groups: int = 2) ->
     dispatcher = Dispatcher(pool, DispatchOptions(WireFormat.BFLOAT16, "reduced", call_timeout_s=10, expert_wait_s=10))
     with torch.inference_mode():
         weights = load_trunk_weights(Checkpoint(folder), torch.bfloat16)
-        trunk = Trunk(config, weights, dispatcher, max_model_len=256, deterministic=True)
-    engine = Engine(config, trunk, limits, max_model_len=256, dtype=torch.bfloat16)
+        cache = LatentCache(config, limits.num_blocks, torch.bfloat16)
+        trunk = Trunk(config, weights, dispatcher, cache, max_model_len=256, deterministic=True)
+    engine = Engine(config, trunk, limits, max_model_len=256)
     task = asyncio.create_task(engine.run())
     try:
         yield engine

@@ -44,7 +44,7 @@ async def test_a_prompt_in_chunks_gives_what_it_gives_whole(tiny_checkpoint: Pat
     asked = request(PROMPTS[2], 6, prompt_logprobs=2, logprobs=2)
     async with running(tiny_checkpoint) as (engine, _):
         whole = await collect(engine.submit(asked))
-    limits = SchedulerLimits(max_num_seqs=4, max_batched_tokens=7, max_cached_tokens=1000, max_waiting=4)
+    limits = SchedulerLimits(max_num_seqs=4, max_batched_tokens=7, num_blocks=32, max_waiting=4)
     async with running(tiny_checkpoint, limits=limits) as (engine, _):
         chunked = await collect(engine.submit(asked))
     assert token_ids(chunked) == token_ids(whole)

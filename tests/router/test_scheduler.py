@@ -1,7 +1,5 @@
 """Who runs in the next step. No torch, no clock: sequences are stand-ins with lengths."""
 
-from typing import Any, cast
-
 import pytest
 
 from router.errors import BadRequest, QueueFull
@@ -9,13 +7,11 @@ from router.scheduler import Scheduler, SchedulerLimits
 from router.sequence import Sequence
 from tests.router.in_process import request
 
-LIMITS = SchedulerLimits(max_num_seqs=3, max_batched_tokens=10, max_cached_tokens=100, max_waiting=4)
+LIMITS = SchedulerLimits(max_num_seqs=3, max_batched_tokens=10, num_blocks=3, max_waiting=4)
 
 
 def sequence(num_prompt: int, max_tokens: int = 5) -> Sequence:
-    return Sequence(
-        request=request(list(range(num_prompt)), max_tokens), token_ids=list(range(num_prompt)), cache=cast(Any, None)
-    )
+    return Sequence(request=request(list(range(num_prompt)), max_tokens), token_ids=list(range(num_prompt)))
 
 
 def run_step(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
@@ -72,8 +68,8 @@ def test_a_sequence_waits_until_its_whole_length_fits() -> None:
 
 def test_what_never_fits_and_what_finds_a_full_queue_is_refused_at_once() -> None:
     scheduler = Scheduler(LIMITS)
-    with pytest.raises(BadRequest, match="needs 101 tokens of KV cache, this router holds 100"):
-        scheduler.add(sequence(100, 1))
+    with pytest.raises(BadRequest, match="needs 97 tokens of KV cache, this router holds 96"):
+        scheduler.add(sequence(96, 1))
     for _ in range(4):
         scheduler.add(sequence(2))
     with pytest.raises(QueueFull, match="4 requests are waiting"):
@@ -87,6 +83,6 @@ def test_removing_a_waiting_sequence_or_one_twice_leaves_the_accounts_right() ->
     scheduler.remove(waiting)
     scheduler.remove(waiting)
     assert scheduler.schedule() == []
-    full = sequence(50, 50)
+    full = sequence(50, 46)
     scheduler.add(full)
     assert run_step(scheduler) == [(full, 10)]
