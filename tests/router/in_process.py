@@ -19,13 +19,14 @@ from experts.group import ExpertGroup
 from experts.server import ExpertServer, ReplicaIdentity
 from experts.weights import load_expert_weights
 from experts.wire import ComputeFrame, ComputeStatus, encode_refusal, encode_response
+from router.decoder_layer import ExpertDispatcher
 from router.engine import Engine
 from router.expert_table import ExpertTable, GroupEntry, ReplicaEntry
 from router.latent_cache import LatentCache
 from router.sampler import SamplingParams
 from router.scheduler import SchedulerLimits
 from router.sequence import GenerationRequest, Sequence, SequenceOutput
-from router.trunk import ExpertDispatcher, Trunk
+from router.trunk import Trunk
 from router.weights import load_trunk_weights
 
 DEADLINE_S = 20.0
@@ -134,7 +135,7 @@ def build_table(version: int, groups: list[ExpertGroup], servers: list[list[Expe
 
 
 class LocalDispatcher:
-    """trunk.ExpertDispatcher by plain calls: the same plan and sums, no transport. Can be told to fail or to wait."""
+    """decoder_layer.ExpertDispatcher by plain calls: the same plan and sums, no transport. Can be told to fail, to wait."""
 
     def __init__(self, groups: list[ExpertGroup]) -> None:
         self._groups = groups
