@@ -161,11 +161,11 @@ class Engine:
         banned: tuple[int, ...] = ()
         if sequence.num_generated < request.min_tokens:
             banned = tuple(sorted(self._eos_token_ids | request.stop_token_ids))
-        return SampleRow(params=request.sampling, position=len(sequence.token_ids), banned_ids=banned)
+        return SampleRow(request.sampling, len(sequence.token_ids), banned, sequence.counts)
 
     def _append(self, sequence: Sequence, token: GeneratedToken) -> None:
         request = sequence.request
-        sequence.token_ids.append(token.token_id)
+        sequence.append(token.token_id)
         is_eos = token.token_id in self._eos_token_ids and not request.ignore_eos
         if is_eos or token.token_id in request.stop_token_ids:
             self._finish(sequence, SequenceOutput((token,), (), FinishReason.STOP, token.token_id))
@@ -212,7 +212,14 @@ class Engine:
                 f"the prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}: together more than the "
                 f"context of {self._max_model_len} tokens"
             )
-        for name, ids in (("token id", request.prompt_token_ids), ("stop token id", request.stop_token_ids)):
+        if request.num_answer_tokens > num_prompt:
+            raise BadRequest(f"{request.num_answer_tokens} answer tokens in a prompt of {num_prompt}")
+        bias = request.sampling.logit_bias
+        for name, ids in (
+            ("token id", request.prompt_token_ids),
+            ("stop token id", request.stop_token_ids),
+            ("logit_bias token id", () if bias is None else bias.token_ids.tolist()),
+        ):
             highest = max(ids, default=0)
             if highest >= self._config.vocab_size:
                 raise BadRequest(f"{name} {highest} is outside the vocabulary of {self._config.vocab_size}")

@@ -14,35 +14,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from router.penalties import BiasedRow, LogitBias, PenalisedRow, Penalties, add_biases_, penalise_
+from router.token_counts import TokenCounts
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 keep every token. seed: unsigned 64 bits."""
+    """temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 keep every token. seed: unsigned 64 bits.
+
+    penalties, logit_bias: None: none."""
 
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     seed: int
+    penalties: Penalties | None = None
+    logit_bias: LogitBias | None = None
 
 
 class SampleRow(NamedTuple):
-    """One row to sample. position: of the token to be sampled. banned_ids: may not be sampled now."""
+    """One row to sample. position: of the token to be sampled. banned_ids: may not be sampled now.
+
+    counts: of the sequence's tokens, where it has penalties. drafts: tokens of its context that are not counted yet.
+    """
 
     params: SamplingParams
     position: int
     banned_ids: tuple[int, ...]
+    counts: TokenCounts | None = None
+    drafts: tuple[int, ...] = ()
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """logits: [num_rows, vocab_size] float32, not changed. Returns [num_rows] int64.
 
-    Order as in vLLM: temperature, then min-p, top-k and top-p on the tempered distribution.
+    Order as in vLLM: logit bias, penalties, temperature, then min-p, top-k and top-p on the tempered distribution.
     """
-    if any(row.banned_ids for row in rows):
-        logits = logits.clone()
-        for index, row in enumerate(rows):
-            logits[index, list(row.banned_ids)] = float("-inf")
+    logits = _adjust(logits, rows)
     random_rows = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if not random_rows:
         return logits.argmax(dim=-1)
@@ -52,6 +61,27 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     chosen = torch.tensor(random_rows)
     token_ids[chosen] = _sample_random(logits[chosen], [rows[index] for index in random_rows])
     return token_ids
+
+
+def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Bias, penalties and bans; the logits themselves where no row has any."""
+    biased = [BiasedRow(i, row.params.logit_bias) for i, row in enumerate(rows) if row.params.logit_bias is not None]
+    penalised = [
+        PenalisedRow(i, row.params.penalties, row.counts, row.drafts)
+        for i, row in enumerate(rows)
+        if row.params.penalties is not None and row.counts is not None
+    ]
+    banned = [(i, token_id) for i, row in enumerate(rows) for token_id in row.banned_ids]
+    if not (biased or penalised or banned):
+        return logits
+    logits = logits.clone()
+    if biased:
+        add_biases_(logits, biased)
+    if penalised:
+        penalise_(logits, penalised)
+    if banned:
+        logits[tuple(torch.tensor(banned).T)] = float("-inf")
+    return logits
 
 
 def _sample_random(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -7,6 +7,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from router.token_counts import TokenCounts
+
 if TYPE_CHECKING:  # the scheduler needs no torch
     from router.sampler import SamplingParams, TokenLogprobs
 
@@ -18,7 +20,10 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a caller asks for. logprobs, prompt_logprobs: alternatives per token; None: no logprobs at all."""
+    """What a caller asks for. logprobs, prompt_logprobs: alternatives per token; None: no logprobs at all.
+
+    num_answer_tokens: tokens at the prompt's end that another router generated: to penalties, they are the answer's.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -29,6 +34,7 @@ class GenerationRequest:
     min_tokens: int
     logprobs: int | None
     prompt_logprobs: int | None
+    num_answer_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Sequence:
     """Mutated by the engine only. token_ids: the prompt, then what was generated.
 
     num_computed: tokens whose cache rows are written. block_ids: the blocks with these rows, in order.
-    outputs ends with one that has a finish_reason, or with an error.
+    counts: of its tokens, where it has penalties. outputs ends with one that has a finish_reason, or with an error.
     """
 
     request: GenerationRequest
@@ -65,6 +71,20 @@ class Sequence:
     outputs: asyncio.Queue[SequenceOutput | Exception] = field(
         default_factory=asyncio.Queue[SequenceOutput | Exception]
     )
+
+    counts: TokenCounts | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = None
+        if self.request.sampling.penalties is not None:
+            start = self.num_prompt_tokens - self.request.num_answer_tokens
+            self.counts = TokenCounts(self.token_ids[:start], self.token_ids[start:])
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token."""
+        self.token_ids.append(token_id)
+        if self.counts is not None:
+            self.counts.add(token_id)
 
     @property
     def num_prompt_tokens(self) -> int:

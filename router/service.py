@@ -16,6 +16,7 @@ from router.engine import Engine
 from router.errors import BadRequest, ExpertsUnavailable, NotReady, QueueFull, StaleTable
 from router.expert_pool import ExpertPool
 from router.expert_table import table_from_proto
+from router.penalties import LogitBias, Penalties
 from router.sampler import SamplingParams
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
 from router.v1 import router_pb2 as pb
@@ -27,6 +28,8 @@ _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
+# Beyond it, logits lose their digits; nobody asks for more than 2.
+REPETITION_PENALTY_RANGE = (0.01, 100.0)
 _STATUS_OF_ERROR: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (BadRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -157,10 +160,19 @@ async def _next_output(sequence: Sequence) -> SequenceOutput | Exception:
 
 def _read_request(message: pb.GenerateRequest) -> GenerationRequest:
     sampling = message.sampling
+    penalties = Penalties(
+        repetition=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        presence=sampling.presence_penalty,
+        frequency=sampling.frequency_penalty,
+    )
     for name, value, low, high in (
         ("temperature", sampling.temperature, 0.0, 1e6),
         ("top_p", sampling.top_p, 0.0, 1.0),
         ("min_p", sampling.min_p, 0.0, 1.0),
+        ("repetition_penalty", penalties.repetition, *REPETITION_PENALTY_RANGE),
+        ("presence_penalty", penalties.presence, -2.0, 2.0),
+        ("frequency_penalty", penalties.frequency, -2.0, 2.0),
+        *(("logit_bias", value, -100.0, 100.0) for value in sampling.logit_bias.values()),
     ):
         if not low <= value <= high:  # False for NaN too
             raise BadRequest(f"{name} must be between {low:g} and {high:g}")
@@ -173,6 +185,8 @@ def _read_request(message: pb.GenerateRequest) -> GenerationRequest:
             top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
             min_p=sampling.min_p,
             seed=sampling.seed,
+            penalties=penalties if penalties != Penalties() else None,
+            logit_bias=LogitBias(sampling.logit_bias.items()) if sampling.logit_bias else None,
         ),
         max_tokens=message.max_tokens,
         stop_token_ids=frozenset(message.stop_token_ids),
@@ -180,6 +194,7 @@ def _read_request(message: pb.GenerateRequest) -> GenerationRequest:
         min_tokens=message.min_tokens,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        num_answer_tokens=message.num_answer_tokens,
     )
 
 

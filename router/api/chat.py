@@ -67,6 +67,7 @@ async def _prepare(context: ApiContext, body: ChatRequest, model: str, request_i
     if body.num_choices > context.settings.max_sequences:
         raise BadRequest(f"n: must not be more than {context.settings.max_sequences}.", param="n")
     context.check_token_ids(body.stop_token_ids, "stop_token_ids")
+    context.check_token_ids(tuple(body.logit_bias), "logit_bias")
     token_ids = await encode_chat(
         context,
         body.messages,

@@ -63,6 +63,7 @@ async def _prepare(context: ApiContext, body: CompletionRequest, model: str, req
             param="n" if body.num_choices > 1 else "prompt",
         )
     context.check_token_ids(body.stop_token_ids, "stop_token_ids")
+    context.check_token_ids(tuple(body.logit_bias), "logit_bias")
     skip_special_tokens = body.skip_special_tokens is not False
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     encoded = iter(await context.encode_texts(texts, add_special_tokens=body.add_special_tokens is not False))

@@ -17,6 +17,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+_MAX_LOGIT_BIAS = 100
 # Sizes of integers on the wire: uint32 for counts and ids, int64 for seeds (as the OpenAI API says).
 MAX_UINT32 = 2**32 - 1
 _MIN_INT64 = -(2**63)
@@ -24,6 +26,7 @@ _MAX_INT64 = 2**63 - 1
 # Beyond this a count cannot fit any context; far below what float or uint32 arithmetic could lose.
 MAX_TOKEN_COUNT = 2**31 - 1
 
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -70,6 +73,20 @@ def check_stop(value: Any) -> tuple[str, ...]:
 def check_stop_token_ids(value: Any) -> tuple[int, ...]:
     """Normalise `stop_token_ids`: null or a short list of ids. Raises ValueError."""
     return () if value is None else tuple(check_token_ids(value, max_length=MAX_STOP_TOKEN_IDS))
+
+
+def check_logit_bias(value: Any) -> dict[int, float]:
+    """Normalise `logit_bias`: null, or an object of token id to bias. Raises ValueError, which repeats no key."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(_TOKEN_ID.fullmatch(key) for key in value):
+        raise ValueError("must be an object whose keys are token ids")
+    if len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"must not have more than {MAX_LOGIT_BIASES} entries")
+    for bias in value.values():
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not abs(bias) <= _MAX_LOGIT_BIAS:
+            raise ValueError(f"values must be numbers from -{_MAX_LOGIT_BIAS} to {_MAX_LOGIT_BIAS}")
+    return {int(key): float(bias) for key, bias in value.items()}
 
 
 Text = Annotated[StrictStr, AfterValidator(check_text)]

@@ -338,6 +338,7 @@ class _Sequence:
         request = router_pb2.GenerateRequest()
         request.CopyFrom(self._request)
         request.prompt_token_ids.extend(self._token_ids)
+        request.num_answer_tokens = self.num_tokens
         request.max_tokens -= self.num_tokens
         request.min_tokens = max(0, request.min_tokens - self.num_tokens)
         request.ClearField("prompt_logprobs")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field, StrictBool, StrictInt, field_validator
+from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt
 
 from router.api.fields import (
     MAX_TOKEN_COUNT,
@@ -15,7 +15,7 @@ from router.api.fields import (
     ShortText,
     StreamOptions,
     TokenCount,
-    UnsupportedField,
+    check_logit_bias,
     check_stop,
     check_stop_token_ids,
 )
@@ -23,15 +23,6 @@ from router.api.sampling_defaults import SamplingDefaults
 from router.v1 import router_pb2
 
 _UINT64_MASK = 2**64 - 1
-
-# Fields whose default does nothing, with the values that mean the default. Anything else would change the answer,
-# so it must not be ignored.
-_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-}
 
 
 class SamplingFields(ModelField):
@@ -53,17 +44,10 @@ class SamplingFields(ModelField):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     user: ShortText | None = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
-    logit_bias: Any = None
-
-    @field_validator(*_NEUTRAL_VALUES, mode="before")
-    @classmethod
-    def _refuse_penalties(cls, value: Any, info: Any) -> None:
-        if value is None or (not isinstance(value, bool) and value in _NEUTRAL_VALUES[info.field_name]):
-            return None
-        raise UnsupportedField("not supported yet")
+    frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100.0)] | None = None
+    logit_bias: Annotated[dict[int, float], PlainValidator(check_logit_bias)] = Field(default_factory=dict)
 
     @property
     def num_choices(self) -> int:
@@ -85,4 +69,8 @@ class SamplingFields(ModelField):
             top_k=defaults.top_k if self.top_k is None else max(self.top_k, 0),
             min_p=self.min_p or 0.0,
             seed=seed & _UINT64_MASK,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias,
         )

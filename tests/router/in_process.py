@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,18 @@ def build_engine(
             deterministic=deterministic,
         )
     return Engine(checkpoint.config, trunk, limits, max_model_len=max_model_len)
+
+
+@contextlib.asynccontextmanager
+async def running_engine(engine: Engine) -> AsyncIterator[Engine]:
+    """The engine, stepping until the block ends."""
+    task = asyncio.create_task(engine.run())
+    try:
+        yield engine
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 def request(prompt: list[int], max_tokens: int = 8, **overrides: Any) -> GenerationRequest:

@@ -85,8 +85,11 @@ def test_requests_cancelled_in_a_step_and_in_the_queue_are_forgotten(tiny_checkp
         ({"max_tokens": 62}, "together more than the context of 64"),
         ({"stop_token_ids": [320], "min_tokens": 1}, "stop token id 320 is outside the vocabulary of 320"),
         ({"sampling": router_pb2.SamplingParams(temperature=float("nan"))}, "temperature must be between 0 and"),
+        ({"sampling": router_pb2.SamplingParams(repetition_penalty=0.0)}, "repetition_penalty must be between 0.01"),
+        ({"sampling": router_pb2.SamplingParams(logit_bias={1: 101.0})}, "logit_bias must be between -100 and 100"),
+        ({"num_answer_tokens": 4}, "4 answer tokens in a prompt of 3"),
     ],
-    ids=["empty prompt", "too long", "stop id", "NaN"],
+    ids=["empty prompt", "too long", "stop id", "NaN", "repetition", "bias", "answer"],
 )
 def test_bad_requests_are_invalid_arguments(tiny_checkpoint: Path, fields: dict[str, object], message: str) -> None:
     with serving(tiny_checkpoint, expert_wait_s=1.0) as stub:

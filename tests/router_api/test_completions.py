@@ -63,13 +63,19 @@ def test_sampling_reaches_the_router(client: openai.OpenAI, router: ScriptedRout
         top_p=0.25,
         seed=7,
         max_tokens=9,
-        extra_body={"top_k": 3, "min_p": 0.125, "stop_token_ids": [8], "ignore_eos": True, "min_tokens": 2},
-    )
+        presence_penalty=-0.5,
+        frequency_penalty=1.5,
+        logit_bias={"0": -100, "399": 2},
+        extra_body={"top_k": 3, "min_p": 0.125, "stop_token_ids": [8], "ignore_eos": True, "min_tokens": 2,
+                    "repetition_penalty": 1.25},
+    )  # fmt: skip
     request = router.requests[0]
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 3, 0.125)
     assert (sampling.seed, request.max_tokens, request.min_tokens) == (7, 9, 2)
     assert list(request.stop_token_ids) == [8] and request.ignore_eos
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.25, -0.5, 1.5)
+    assert dict(sampling.logit_bias) == {0: -100.0, 399: 2.0}
 
 
 def test_defaults_switch_everything_off(http: httpx.Client, router: ScriptedRouter) -> None:
@@ -78,6 +84,8 @@ def test_defaults_switch_everything_off(http: httpx.Client, router: ScriptedRout
     assert http.post("/v1/completions", json=body).status_code == 200
     sampling = router.requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 1.0, 0, 0.0)
+    assert not sampling.HasField("repetition_penalty") and not sampling.logit_bias
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.0, 0.0)
 
 
 def test_seeds_are_drawn_when_none_is_given(client: openai.OpenAI, router: ScriptedRouter) -> None:
@@ -184,6 +192,34 @@ def test_stop_strings_may_be_kept(client: openai.OpenAI, router: ScriptedRouter,
         model=MODEL, prompt="x", stop="lo", extra_body={"include_stop_str_in_output": True}
     )
     assert completion.choices[0].text == "hello"
+
+
+def test_a_stop_string_inside_one_token(
+    client: openai.OpenAI, router: ScriptedRouter, tokenizer: TextTokenizer
+) -> None:
+    """What the token holds behind the stop string is cut off, too."""
+    (jumps,) = ids_of(tokenizer, " jumps")
+    router.script = answer([*ids_of(tokenizer, "fox"), jumps, *ids_of(tokenizer, " over")])
+    for include, shown in ((False, "fox j"), (True, "fox jum")):
+        completion = client.completions.create(
+            model=MODEL, prompt="x", stop="um", extra_body={"include_stop_str_in_output": include}
+        )
+        assert (completion.choices[0].text, completion.choices[0].finish_reason) == (shown, "stop")
+
+
+@pytest.mark.parametrize("per_response", [1, 4])
+def test_a_stop_string_of_characters_split_over_tokens_is_never_streamed(
+    client: openai.OpenAI, router: ScriptedRouter, tokenizer: TextTokenizer, per_response: int
+) -> None:
+    ids = [token_id for letter in "añ🦊🦊ü b" for token_id in ids_of(tokenizer, letter)]
+    assert len(ids) > len("añ🦊🦊ü b")  # some characters are several tokens
+    router.script = answer(ids, per_response=per_response)
+    chunks = [
+        chunk.choices[0]
+        for chunk in client.completions.create(model=MODEL, prompt="x", stop="🦊ü", stream=True, max_tokens=30)
+    ]
+    assert "".join(chunk.text for chunk in chunks) == "añ🦊"
+    assert chunks[-1].finish_reason == "stop"
 
 
 def test_stop_strings_do_not_count_before_min_tokens(

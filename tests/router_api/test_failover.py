@@ -165,6 +165,7 @@ def test_a_lost_stream_goes_on_elsewhere(cluster: Cluster, tokenizer: TextTokeni
     assert list(second.prompt_token_ids) == [5, 6, *first]
     assert (second.max_tokens, second.min_tokens, second.sampling.seed) == (37, 2, 3)
     assert not second.HasField("prompt_logprobs")
+    assert second.num_answer_tokens == 3  # to the penalties, no part of the prompt
 
 
 def test_prompt_logprobs_are_not_repeated_when_a_router_is_lost_among_them(cluster: Cluster) -> None:
