@@ -78,7 +78,7 @@ class PostedFrame(NamedTuple):
 
 
 class Dispatcher:
-    """Implements decoder_layer.ExpertDispatcher over an ExpertPool. Safe for several scatters at once on one event loop."""
+    """Implements decoder_layer.ExpertDispatcher over an ExpertPool. Safe for several scatters at once on one loop."""
 
     def __init__(self, pool: ExpertPool, options: DispatchOptions) -> None:
         self._pool = pool

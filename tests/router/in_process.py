@@ -136,7 +136,7 @@ def build_table(version: int, groups: list[ExpertGroup], servers: list[list[Expe
 
 
 class LocalDispatcher:
-    """decoder_layer.ExpertDispatcher by plain calls: the same plan and sums, no transport. Can be told to fail, to wait."""
+    """decoder_layer.ExpertDispatcher by plain calls: same plan and sums, no transport. Can be told to fail or wait."""
 
     def __init__(self, groups: list[ExpertGroup]) -> None:
         self._groups = groups
