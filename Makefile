@@ -39,7 +39,8 @@ proto: setup
 
 # Each script prints one JSON object; see the head of each for what it measures.
 bench: setup
-	@set -e; for script in $(filter-out %/__init__.py %/report.py %/worker_processes.py,$(wildcard tests/benchmarks/*.py)); do \
+	@set -e; for script in $(filter-out %/__init__.py %/report.py %/worker_processes.py \
+	  %/generated_checkpoint.py %/transformers_loop.py,$(wildcard tests/benchmarks/*.py)); do \
 	  $(BIN)/python $$script --json; done
 
 clean:

@@ -112,6 +112,8 @@ class StackOptions:
     deterministic: bool | None = None
     max_model_len: int | None = None
     expert_wait_s: float = 30.0
+    expert_threads: int = 1
+    router_threads: int = 1
     # False leaves the HTTP front out, for tests that call the router over gRPC.
     api: bool = True
     extra_router_arguments: tuple[str, ...] = ()
@@ -238,7 +240,8 @@ def expert_arguments(checkpoint: Path, options: StackOptions, index: int, port: 
         "experts",
         *("--checkpoint", str(checkpoint), "--experts", f"{start}:{end}"),
         *("--group-name", f"g{index}", "--replica-id", f"g{index}-0"),
-        *("--host", HOST, "--port", str(port), "--dtype", options.dtype, "--threads", "1"),
+        *("--host", HOST, "--port", str(port), "--dtype", options.dtype),
+        *("--threads", str(options.expert_threads)),
     ]
 
 
@@ -246,7 +249,8 @@ def router_arguments(checkpoint: Path, options: StackOptions, expert_ports: Sequ
     arguments = ["router", "--checkpoint", str(checkpoint)]
     for expert_port in expert_ports:
         arguments += ["--expert", f"{HOST}:{expert_port}"]
-    arguments += ["--router-id", "r0", "--host", HOST, "--port", str(port), "--threads", "1"]
+    arguments += ["--router-id", "r0", "--host", HOST, "--port", str(port)]
+    arguments += ["--threads", str(options.router_threads)]
     arguments += ["--dtype", options.dtype, "--wire-dtype", options.wire_dtype, "--combine", options.combine]
     arguments += ["--expert-wait-s", str(options.expert_wait_s)]
     if options.deterministic is not None:
