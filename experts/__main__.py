@@ -52,6 +52,7 @@ def _serve(options: argparse.Namespace, stop_requested: threading.Event) -> int:
         # torch takes a second to import: not before arguments, config and index are known to be good.
         import torch
 
+        from experts.device import resolve_device
         from experts.group import ExpertGroup
         from experts.server import ExpertServer, ReplicaIdentity
         from experts.weights import load_expert_weights
@@ -59,11 +60,13 @@ def _serve(options: argparse.Namespace, stop_requested: threading.Event) -> int:
         torch.set_num_threads(options.threads)
         dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
 
+        device = resolve_device(options.device)
+
         def stop_early(_fraction: float) -> None:
             if stop_requested.is_set():
                 sys.exit(0)
 
-        weights = load_expert_weights(checkpoint, hosted, dtype, on_fraction=stop_early)
+        weights = load_expert_weights(checkpoint, hosted, dtype, device=device, on_fraction=stop_early)
     replica_id = options.replica_id or f"{options.group_name}-0"
     identity = ReplicaIdentity(options.group_name, replica_id, incarnation=time.time_ns())
     server = ExpertServer(ExpertGroup(weights), identity, host=options.host, port=options.port)
@@ -93,6 +96,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one (default: 0)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:INDEX; auto: the first card if any (default: auto)"
+    )
     parser.add_argument(
         "--threads",
         type=_parse_count,

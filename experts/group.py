@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from experts.errors import BadFrame, NotHosted
+from experts.errors import BadFrame, NotHosted, Overloaded
 from experts.expert_range import ExpertRange
+from experts.frame_transfer import PendingResult, make_frame_transfer
 from experts.weights import ExpertWeights
 from experts.wire import MAX_MESSAGE_BYTES, ComputeFrame, WireFormat, compute_max_rows, compute_row_bytes
 
@@ -27,6 +28,7 @@ class ExpertGroup:
             for layer_id, experts in weights.layers.items()
         }
         self.numerics_id = weights.kernel.numerics_id
+        self._transfer = make_frame_transfer(weights.kernel.device)
 
     @property
     def hosted(self) -> Sequence[ExpertRange]:
@@ -65,25 +67,36 @@ class ExpertGroup:
             missing = [int(expert) for expert in wanted if expert >= len(marked) or not marked[expert]]
             raise NotHosted(f"layer {frame.layer_id}: experts {missing[:8]} are not hosted here")
 
-    @torch.inference_mode()
     def compute(self, frame: ComputeFrame) -> torch.Tensor:
         """Compute a frame. Returns [num_result_rows, hidden_size], rounded once to the dtype that the answer is wanted
         in; float32 if that is FP8, for the encoder to quantise.
 
-        Raises NotHosted or BadFrame, see check_frame.
+        Raises what begin raises.
+        """
+        return self.begin(frame).wait()
+
+    @torch.inference_mode()
+    def begin(self, frame: ComputeFrame) -> PendingResult:
+        """Start computing a frame; on a card this returns while it computes, so that the next frame can be sent.
+
+        Raises NotHosted or BadFrame, see check_frame, and Overloaded if the device's memory does not suffice now.
         """
         self.check_frame(frame)
-        # The wire's memory is aligned to nothing, and products may depend on alignment: always into memory of our own.
-        hidden_states = frame.load_hidden_states(self._weights.dtype)
-        result = self._weights.kernel.expert_ffn(
-            hidden_states,
-            frame.pair_rows,
-            frame.pair_experts,
-            frame.pair_weights,
-            self._weights.layers[frame.layer_id],
-            exact=frame.exact,
-        )
-        return result if frame.reply_dtype == torch.float8_e4m3fn else result.to(frame.reply_dtype)
+        reply_dtype = torch.float32 if frame.reply_dtype == torch.float8_e4m3fn else frame.reply_dtype
+        try:
+            with self._transfer.computing():
+                hidden_states = self._transfer.send(frame, self._weights.dtype)
+                result = self._weights.kernel.expert_ffn(
+                    hidden_states,
+                    frame.pair_rows,
+                    frame.pair_experts,
+                    frame.pair_weights,
+                    self._weights.layers[frame.layer_id],
+                    exact=frame.exact,
+                )
+                return self._transfer.fetch(result, reply_dtype)
+        except torch.OutOfMemoryError as error:
+            raise Overloaded(f"no memory for a frame of {frame.hidden_states.shape[0]} rows on the device") from error
 
 
 def _mark_hosted(n_routed_experts: int, experts: Sequence[int]) -> np.ndarray:

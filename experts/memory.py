@@ -13,10 +13,19 @@ def check_memory(needed_bytes: int, what: str, remedy: str, *, root: Path = Path
 
     root: where /proc and /sys lie. Does nothing on a system that does not say what is available.
     """
-    available_bytes = get_available_bytes(root)
+    refuse_too_little(needed_bytes, get_available_bytes(root), what, remedy)
+
+
+def refuse_too_little(
+    needed_bytes: int, available_bytes: int | None, what: str, remedy: str, *, place: str = ""
+) -> None:
+    """Raise NotEnoughMemory if available_bytes are fewer; None means that nobody knows, and nothing is refused.
+
+    place: where the memory is, as " on cuda:0"; empty for this machine's.
+    """
     if available_bytes is not None and needed_bytes > available_bytes:
         raise NotEnoughMemory(
-            f"{what} need {needed_bytes / 1e9:.2f} GB of memory, "
+            f"{what} need {needed_bytes / 1e9:.2f} GB of memory{place}, "
             f"{available_bytes / 1e9:.2f} GB are available ({remedy})"
         )
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from experts.checkpoint import Checkpoint, TensorInfo, decode_tensor
+from experts.device import CPU, check_device_memory
 from experts.expert_range import ExpertRange, list_hosted_pairs
 from experts.kernels.cpu_ffn import ScaledWeight
 from experts.kernels.expert_kernel import ExpertKernel, choose_expert_kernel
 from experts.load_progress import LoadProgress
-from experts.memory import check_memory
 from experts.model_config import ModelConfig
+from experts.staging import Staging, compute_offsets
 from experts.tensor_names import list_expert_tensors
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,14 @@ def load_expert_weights(
     hosted: Sequence[ExpertRange],
     dtype: torch.dtype,
     *,
+    device: torch.device = CPU,
     kernel: ExpertKernel | None = None,
     on_fraction: Callable[[float], None] | None = None,
 ) -> ExpertWeights:
-    """Load every hosted expert, reading each byte once.
+    """Load every hosted expert, reading each byte once, expert by expert, and packing it where it will be used.
 
-    All headers are checked before the first weight is read. dtype: to compute in. kernel: None chooses the best here.
+    All headers are checked before the first weight is read. dtype: to compute in. device: where; host memory then
+    holds two experts at most. kernel: None chooses the device's best; one that is given knows its own device.
     The digest is the SHA-256 (hex) of all bytes as stored, in (layer, expert, tensor name) order, so two replicas
     have the same digest exactly if they hold the same experts of the same checkpoint. on_fraction: see LoadProgress.
     Raises ConfigError for a range outside the model, CheckpointError for what is wrong with the files and
@@ -69,18 +72,29 @@ def load_expert_weights(
     weight_dtypes = {_STORED_DTYPES[info.dtype] for _, _, tensors in plan for info in tensors if not _is_scale(info)}
     block = config.quantization.weight_block_size if config.quantization is not None else (1, 1)
     if kernel is None:
-        kernel = choose_expert_kernel(dtype, weight_dtypes, block)
+        kernel = choose_expert_kernel(dtype, weight_dtypes, block, device)
     shape = (len(plan), config.hidden_size, config.moe_intermediate_size, next(iter(weight_dtypes)))
     resident_bytes = kernel.count_bytes(*shape)
-    _check_memory(config, len(plan), resident_bytes)
+    working_bytes = kernel.count_working_bytes(config.hidden_size, config.moe_intermediate_size)
+    check_device_memory(
+        kernel.device,
+        resident_bytes + working_bytes,
+        f"{len(plan)} experts",
+        "serve them with more expert groups, or in bfloat16",
+    )
     progress = LoadProgress(stored_bytes, "expert weights", on_fraction=on_fraction)
     digest = hashlib.sha256()
     room = kernel.reserve(*shape)
+    staging = Staging(
+        kernel.device, max(compute_offsets([info.size_bytes for info in tensors])[-1] for _, _, tensors in plan)
+    )
     layers: dict[int, dict[int, Any]] = {}
     for layer_id, expert_id, tensors in plan:
         stored: dict[str, torch.Tensor] = {}
-        for info in tensors:
-            raw = checkpoint.read_raw(info.name)
+        buffer = staging.take()
+        for info, start in zip(tensors, compute_offsets([info.size_bytes for info in tensors]), strict=False):
+            raw = buffer[start : start + info.size_bytes]
+            checkpoint.read_into(info, raw)
             digest.update(raw.data)
             stored[info.name] = decode_tensor(info, raw)
             progress.advance(info.size_bytes)
@@ -89,19 +103,10 @@ def load_expert_weights(
             for expected in list_expert_tensors(config, layer_id, expert_id)
         )
         layers.setdefault(layer_id, {})[expert_id] = kernel.pack_expert(gate, up, down, room)
+        staging.release()
     progress.finish()
     built = {layer_id: kernel.build_layer(experts) for layer_id, experts in layers.items()}
     return ExpertWeights(config, ranges, dtype, kernel, built, digest.hexdigest(), stored_bytes, resident_bytes)
-
-
-def _check_memory(config: ModelConfig, num_experts: int, resident_bytes: int) -> None:
-    """Raise NotEnoughMemory if the packed experts will not fit, one of them in fp32 besides."""
-    expert_elements = 3 * config.hidden_size * config.moe_intermediate_size
-    check_memory(
-        resident_bytes + expert_elements * torch.float32.itemsize,
-        f"{num_experts} experts",
-        "serve them with more expert groups, or in bfloat16",
-    )
 
 
 def _is_scale(info: TensorInfo) -> bool:

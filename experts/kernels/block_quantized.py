@@ -110,8 +110,26 @@ class ExpertStack:
         expected = tuple(scale_place.shape[1:])
         if tuple(scale_inv.shape) != expected:
             raise ValueError(f"{projection} scales of expert {expert_id}: expected {expected}, got {scale_inv.shape}")
-        weight_place[index].copy_(weight.view(torch.uint8))
-        scale_place[index].copy_(scale_inv)
+        # From pinned memory the copies are queued and this returns; the caller keeps that memory until they are done.
+        weight_place[index].copy_(weight.view(torch.uint8), non_blocking=True)
+        scale_place[index].copy_(scale_inv, non_blocking=True)
+
+    def take(self, first: int, expert_ids: np.ndarray) -> ExpertStack:
+        """The experts from position `first` on, under ids of their own, in the same memory.
+
+        So that one allocation holds every layer of a group. Raises ValueError beyond the stack's end.
+        """
+        part = slice(first, first + len(expert_ids))
+        if not 0 <= first < part.stop <= self.num_experts:
+            raise ValueError(f"experts {first}:{part.stop} of a stack of {self.num_experts}")
+        return ExpertStack(
+            np.asarray(expert_ids, dtype=np.int64),
+            self.gate_up[part],
+            self.gate_up_scale[part],
+            self.down[part],
+            self.down_scale[part],
+            self.block,
+        )
 
     def _places(self, projection: str) -> tuple[torch.Tensor, torch.Tensor]:
         inner, scale_rows = self.inner_size, self.num_inner_scale_rows

@@ -1,8 +1,8 @@
 """The seam between an expert group and what computes for it: how weights are kept, and one layer's call.
 
-The native CPU kernel keeps weights as the checkpoint has them, FP8 as FP8. Where it cannot be built, or the weights are
-of a kind that it does not take, torch computes with weights expanded to the compute dtype. One kernel serves a process;
-its numerics_id names it.
+The native CPU kernel and the Triton kernels keep weights as the checkpoint has them, FP8 as FP8. Where neither can be
+had, or the weights are of a kind that they do not take, torch computes with weights expanded to the compute dtype. One
+kernel, on one device, serves a process; its numerics_id names it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,34 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from experts.device import CPU
 from experts.kernels import cpu_ffn, grouped
+from experts.kernels.block_quantized import check_block
 from experts.kernels.cpu_ffn import ScaledWeight
+from experts.kernels.tile_table import choose_kernels
 from experts.quantization import dequantize_block
 
 logger = logging.getLogger(__name__)
 
 
 class ExpertKernel(Protocol):
-    """Packs experts at load and computes a layer's pairs. Packed experts and layers are opaque to callers."""
+    """Packs experts at load and computes a layer's pairs. Packed experts and layers are opaque to callers.
+
+    device: where packed experts lie, and where hidden states are taken and results left.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def numerics_id(self) -> str: ...
 
     def count_bytes(self, num_experts: int, hidden_size: int, inner: int, weight_dtype: torch.dtype) -> int:
-        """What that many packed experts take in memory."""
+        """What that many packed experts take in the device's memory."""
+        ...
+
+    def count_working_bytes(self, hidden_size: int, inner: int) -> int:
+        """What packing one expert, or the largest call, takes there besides."""
         ...
 
     def reserve(self, num_experts: int, hidden_size: int, inner: int, weight_dtype: torch.dtype) -> Any:
@@ -36,7 +49,10 @@ class ExpertKernel(Protocol):
         ...
 
     def pack_expert(self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight, room: Any) -> Any:
-        """gate, up: [inner, hidden]; down: [hidden, inner], as stored."""
+        """gate, up: [inner, hidden]; down: [hidden, inner], as stored, in host memory that is used again afterwards.
+
+        From pinned memory a card's copies may still be under way on the current stream when this returns.
+        """
         ...
 
     def build_layer(self, experts: Mapping[int, Any]) -> Mapping[int, Any]:
@@ -53,19 +69,31 @@ class ExpertKernel(Protocol):
         *,
         exact: bool,
     ) -> torch.Tensor:
-        """As kernels.grouped.expert_ffn: float32 [num_pairs, hidden] if exact, else [num_rows, hidden]."""
+        """As kernels.grouped.expert_ffn: float32 [num_pairs, hidden] if exact, else [num_rows, hidden].
+
+        The result may be memory that the next call overwrites.
+        """
         ...
 
 
-def choose_expert_kernel(dtype: torch.dtype, weight_dtypes: set[torch.dtype], block: tuple[int, int]) -> ExpertKernel:
-    """The native kernel where it is to be had and takes such weights, else torch; the log says which and why.
+def choose_expert_kernel(
+    dtype: torch.dtype,
+    weight_dtypes: set[torch.dtype],
+    block: tuple[int, int],
+    device: torch.device = CPU,
+) -> ExpertKernel:
+    """The best kernel of the device that takes such weights, else torch; the log says which and why.
 
-    It computes with as many threads as torch is set to. dtype: to compute in, bfloat16 or float32.
-    weight_dtypes: as stored; block: of their scales.
+    dtype: to compute in, bfloat16 or float32. weight_dtypes: as stored; block: of their scales. On the CPU it computes
+    with as many threads as torch is set to. On a card, FP8 weights are multiplied by the Triton kernels in the weight
+    path that the card has (tile_table.choose_kernels); float32 is for comparing and gets torch's float32 products.
     """
+    stored = next(iter(weight_dtypes)) if len(weight_dtypes) == 1 else None
+    if device.type == "cuda":
+        return _choose_cuda_kernel(dtype, stored, block, device)
     native = cpu_ffn.load_cpu_kernel(dtype)
     if native is not None:
-        if len(weight_dtypes) == 1 and all(cpu_ffn.can_pack(stored, block) for stored in weight_dtypes):
+        if stored is not None and cpu_ffn.can_pack(stored, block):
             native.set_num_threads_(torch.get_num_threads())
             return NativeKernel(native)
         logger.warning(
@@ -76,11 +104,37 @@ def choose_expert_kernel(dtype: torch.dtype, weight_dtypes: set[torch.dtype], bl
     return TorchKernel(dtype)
 
 
+def _choose_cuda_kernel(
+    dtype: torch.dtype, stored: torch.dtype | None, block: tuple[int, int], device: torch.device
+) -> ExpertKernel:
+    # Triton has no build for some platforms, and takes a second to import.
+    from experts.kernels.triton_kernel import TritonKernel
+
+    try:
+        check_block(block)
+        fits = stored == torch.float8_e4m3fn and dtype == torch.bfloat16
+    except ValueError:
+        fits = False
+    if fits:
+        choice = choose_kernels(torch.cuda.get_device_capability(device))
+        return TritonKernel(device, choice, dtype, block, use_graphs=True)
+    logger.warning(
+        "experts are expanded to %s for torch on %s: the Triton kernels take FP8 weights and bfloat16 rows, "
+        "not %s in blocks of %s",
+        dtype,
+        device,
+        stored,
+        block,
+    )
+    return TorchKernel(dtype, device)
+
+
 class NativeKernel:
     """kernels.cpu_ffn: rows do not depend on their neighbours, nor on the number of threads."""
 
     def __init__(self, kernel: cpu_ffn.CpuKernel) -> None:
         self._kernel = kernel
+        self.device = CPU
 
     @property
     def numerics_id(self) -> str:
@@ -89,6 +143,9 @@ class NativeKernel:
     def count_bytes(self, num_experts: int, hidden_size: int, inner: int, weight_dtype: torch.dtype) -> int:
         gate_up = cpu_ffn.packed_size((inner, hidden_size), weight_dtype, paired=True)
         return num_experts * (gate_up + cpu_ffn.packed_size((hidden_size, inner), weight_dtype))
+
+    def count_working_bytes(self, hidden_size: int, inner: int) -> int:
+        return _count_fp32_bytes(hidden_size, inner)
 
     def reserve(self, num_experts: int, hidden_size: int, inner: int, weight_dtype: torch.dtype) -> cpu_ffn.WeightArena:
         return cpu_ffn.WeightArena(self.count_bytes(num_experts, hidden_size, inner, weight_dtype))
@@ -117,18 +174,25 @@ class NativeKernel:
 class TorchKernel:
     """kernels.grouped on weights expanded to the compute dtype."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device = CPU) -> None:
         self._dtype = dtype
+        self.device = device
 
     @property
     def numerics_id(self) -> str:
         """Products of float32 differ in their last bits with the number of threads, so it is part of the id."""
-        capability = torch.backends.cpu.get_cpu_capability()
         name = str(self._dtype).removeprefix("torch.")
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            return f"cuda-sm{major}{minor}/{name}/grouped/torch-{torch.__version__}"
+        capability = torch.backends.cpu.get_cpu_capability()
         return f"cpu-{capability}/{name}/grouped/torch-{torch.__version__}/threads-{torch.get_num_threads()}"
 
     def count_bytes(self, num_experts: int, hidden_size: int, inner: int, weight_dtype: torch.dtype) -> int:
         return num_experts * 3 * hidden_size * inner * self._dtype.itemsize
+
+    def count_working_bytes(self, hidden_size: int, inner: int) -> int:
+        return _count_fp32_bytes(hidden_size, inner)
 
     def reserve(self, num_experts: int, hidden_size: int, inner: int, weight_dtype: torch.dtype) -> None:
         return None
@@ -136,11 +200,12 @@ class TorchKernel:
     def pack_expert(
         self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight, room: None
     ) -> grouped.ExpertMatrices:
-        inner = gate.weight.shape[0]
-        gate_up = torch.empty(2 * inner, gate.weight.shape[1], dtype=self._dtype)
-        gate_up[:inner] = _expand(gate)
-        gate_up[inner:] = _expand(up)
-        return grouped.ExpertMatrices(gate_up, _expand(down).to(self._dtype).contiguous())
+        inner, hidden_size = gate.weight.shape
+        gate_up = torch.empty(2 * inner, hidden_size, dtype=self._dtype, device=self.device)
+        gate_up[:inner] = _expand(gate, self.device)
+        gate_up[inner:] = _expand(up, self.device)
+        own_down = torch.empty(hidden_size, inner, dtype=self._dtype, device=self.device)
+        return grouped.ExpertMatrices(gate_up, own_down.copy_(_expand(down, self.device)))
 
     def build_layer(self, experts: Mapping[int, grouped.ExpertMatrices]) -> Mapping[int, grouped.ExpertMatrices]:
         return experts
@@ -158,7 +223,12 @@ class TorchKernel:
         return grouped.expert_ffn(hidden_states, pair_rows, pair_experts, pair_weights, layer, exact=exact)
 
 
-def _expand(weight: ScaledWeight) -> torch.Tensor:
+def _expand(weight: ScaledWeight, device: torch.device) -> torch.Tensor:
     if weight.scale_inv is None:
-        return weight.weight
-    return dequantize_block(weight.weight, weight.scale_inv, weight.block)
+        return weight.weight.to(device)
+    return dequantize_block(weight.weight.to(device), weight.scale_inv.to(device), weight.block)
+
+
+def _count_fp32_bytes(hidden_size: int, inner: int) -> int:
+    """One expert in float32, which expanding it may take."""
+    return 3 * hidden_size * inner * torch.float32.itemsize

@@ -1,4 +1,4 @@
-"""What serves now: rows gathered per expert, one pair of matrix products for each, in the compute dtype.
+"""Torch's own products, on any device: rows gathered per expert, one pair of products each, in the compute dtype.
 
 A row's result for an expert depends only on the rows sent to that expert in this frame: each expert's rows are
 gathered into memory of their own, in ascending row order, and multiplied alone. So one, two or four groups give the
@@ -33,22 +33,23 @@ def expert_ffn(
 ) -> torch.Tensor:
     """Compute every (row, expert) pair and weight it.
 
-    hidden_states: [num_rows, hidden] in the weights' dtype. pair_rows, pair_experts: int32 [num_pairs], sorted by row,
-    then expert; every expert is in layer. pair_weights: float32 [num_pairs].
+    hidden_states: [num_rows, hidden] in the weights' dtype, on their device. pair_rows, pair_experts: int32
+    [num_pairs], sorted by row, then expert; every expert is in layer. pair_weights: float32 [num_pairs].
     Returns float32: [num_pairs, hidden] in pair order if exact, else each row's sum [num_rows, hidden].
     """
     if hidden_states.shape[0] == 1:
         return _one_row(hidden_states, pair_experts, pair_weights, layer, exact=exact)
     num_rows, hidden_size = hidden_states.shape
     num_results = len(pair_rows) if exact else num_rows
-    result = torch.zeros(num_results, hidden_size, dtype=torch.float32)
+    device = hidden_states.device
+    result = torch.zeros(num_results, hidden_size, dtype=torch.float32, device=device)
     # A stable sort keeps the rows of an expert ascending.
     order = np.argsort(pair_experts, kind="stable")
     sorted_experts = pair_experts[order]
     starts = np.flatnonzero(np.diff(sorted_experts, prepend=-1)).tolist()
-    rows = torch.from_numpy(pair_rows[order].astype(np.int64))
-    weights = torch.from_numpy(pair_weights[order].astype(np.float32)).unsqueeze(1)  # [num_pairs, 1]
-    targets = torch.from_numpy(order) if exact else rows
+    rows = torch.from_numpy(pair_rows[order].astype(np.int64)).to(device)
+    weights = torch.from_numpy(pair_weights[order].astype(np.float32)).to(device).unsqueeze(1)  # [num_pairs, 1]
+    targets = torch.from_numpy(order).to(device) if exact else rows
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         output = _ffn(hidden_states.index_select(0, rows[start:end]), layer[int(sorted_experts[start])])
         # An expert has a row at most once, so no two additions of one call meet.

@@ -71,12 +71,12 @@ def test_loading_asks_before_it_reads(fp8_checkpoint: Checkpoint, monkeypatch: p
 
     asked: list[int] = []
 
-    def refuse(needed_bytes: int, what: str, remedy: str) -> None:
+    def refuse(device: torch.device, needed_bytes: int, what: str, remedy: str) -> None:
         asked.append(needed_bytes)
         raise NotEnoughMemory(what)
 
-    monkeypatch.setattr(weights, "check_memory", refuse)
-    monkeypatch.setattr(fp8_checkpoint, "read_raw", None)
+    monkeypatch.setattr(weights, "check_device_memory", refuse)
+    monkeypatch.setattr(fp8_checkpoint, "read_into", None)
     with pytest.raises(NotEnoughMemory):
         weights.load_expert_weights(fp8_checkpoint, split_experts(fp8_checkpoint.config, 1)[0], torch.bfloat16)
     # 3 layers x 8 experts x 3 matrices of 192 x 160, a byte each if the kernel keeps FP8

@@ -6,21 +6,32 @@ numpy and reads the NaN of e4m3 as 480, so order and NaN of the FP8 tensor core 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from experts.checkpoint import Checkpoint
+from experts.device import CPU
+from experts.errors import NotEnoughMemory
+from experts.expert_range import ExpertRange
+from experts.group import ExpertGroup
 from experts.kernels.block_quantized import BlockScaledMatrix
+from experts.kernels.cpu_ffn import ScaledWeight
 from experts.kernels.reference import dequantize_reference
 from experts.kernels.row_plan import PlanLayout, plan_rows
 from experts.kernels.tile_table import KernelChoice, WeightPath
 from experts.kernels.triton_ffn import expert_ffn, launch_ffn, view_plan
 from experts.kernels.triton_gemm import decode_e4m3
+from experts.kernels.triton_kernel import TritonKernel
 from experts.kernels.triton_linear import HeadRows, block_scaled_linear, head_linear
 from experts.kernels.triton_quantize import quantize_rows
 from experts.quantization import quantize_block
+from experts.weights import ExpertWeights, load_expert_weights
+from experts.wire import decode_request, encode_request
 from tests.experts.random_experts import (
     Frame,
     RandomExperts,
@@ -30,6 +41,7 @@ from tests.experts.random_experts import (
     relative_error,
     round_activations,
 )
+from tests.random_checkpoint import write_random_checkpoint
 from tests.tolerances import KERNEL_RELATIVE_ERROR
 
 BLOCK = (128, 128)
@@ -226,3 +238,86 @@ def test_heads_that_reach_past_the_matrix_are_refused() -> None:
     matrix = BlockScaledMatrix.from_fp8(quantized, scale_inv, BLOCK, "cpu")
     with pytest.raises(ValueError, match="reach to row 384 of a matrix of 256"):
         head_linear(torch.randn(1, 3, 64), matrix, HeadRows(3, 128, 0, 128), DECODING, transposed=False)
+
+
+SIZES: dict[str, Any] = {"hidden_size": 192, "moe_intermediate_size": 160, "n_routed_experts": 8, "n_group": 2}
+
+
+@pytest.fixture(scope="module")
+def fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("checkpoint") / "fp8"
+    write_random_checkpoint(folder, fp8=True, topk_group=1, **SIZES)
+    return Checkpoint(folder)
+
+
+def load(checkpoint: Checkpoint, choice: KernelChoice, hosted: list[ExpertRange]) -> ExpertWeights:
+    kernel = TritonKernel(CPU, choice, torch.bfloat16, BLOCK, use_graphs=False)
+    return load_expert_weights(checkpoint, hosted, torch.bfloat16, kernel=kernel)
+
+
+@PATHS
+def test_a_group_loads_and_answers_as_on_a_card(fp8_checkpoint: Checkpoint, choice: KernelChoice) -> None:
+    """From the file's bytes to the answer: packing, layers of different experts, what a router sends and gets."""
+    weights = load(fp8_checkpoint, choice, [ExpertRange(1, 2, 0, 8), ExpertRange(2, 3, 4, 6)])
+    assert {layer_id: list(layer) for layer_id, layer in weights.layers.items()} == {1: list(range(8)), 2: [4, 5]}
+    assert weights.resident_bytes == sum(
+        part.nbytes
+        for layer in weights.layers.values()
+        for part in (layer.stack.gate_up, layer.stack.gate_up_scale, layer.stack.down, layer.stack.down_scale)  # type: ignore[attr-defined]
+    )
+    assert weights.kernel.numerics_id.startswith(f"cuda-{choice.describe()}/bfloat16/triton-")
+    group = ExpertGroup(weights)
+    for layer_id, chosen in ((1, [[0, 3], [3, 7]]), (2, [[4, 5], [4, 5]])):
+        frame = decode_request(
+            encode_request(
+                frame_id=1, incarnation=1, table_version=1, layer_id=layer_id, exact=False, deadline_ms=1000,
+                hidden_states=torch.randn(2, 192).to(torch.bfloat16),
+                pair_rows=torch.tensor([0, 0, 1, 1], dtype=torch.int32),
+                pair_experts=torch.tensor(chosen, dtype=torch.int32).flatten(),
+                pair_weights=torch.tensor([0.5, 0.25, 1.0, 0.125]),
+            )
+        )  # fmt: skip
+        matrices = {
+            expert_id: tuple(
+                fp8_checkpoint.read_weight(
+                    f"model.layers.{layer_id}.mlp.experts.{expert_id}.{name}_proj.weight", shape, torch.float32
+                )
+                for name, shape in {"gate": (160, 192), "up": (160, 192), "down": (192, 160)}.items()
+            )
+            for expert_id in {*chosen[0], *chosen[1]}
+        }
+        judged = RandomExperts(weights.layers[layer_id].stack, matrices)  # type: ignore[attr-defined, arg-type]
+        pairs = Frame(frame.hidden_states.float(), frame.pair_rows, frame.pair_experts, frame.pair_weights)
+        expected = compute_expected(judged, pairs, choice.path, exact=False)
+        # The answer is rounded to bf16's 8 bits.
+        assert relative_error(group.compute(frame), expected) <= KERNEL_RELATIVE_ERROR + 2**-8
+
+
+def test_experts_of_a_layer_must_be_packed_together(fp8_checkpoint: Checkpoint) -> None:
+    weights = load(fp8_checkpoint, DECODING, [ExpertRange(1, 2, 0, 3)])
+    kernel = weights.kernel
+    room = kernel.reserve(3, 192, 160, torch.float8_e4m3fn)
+    stored = quantize_block(torch.randn(160, 192), BLOCK)
+    turned = quantize_block(torch.randn(192, 160), BLOCK)
+    placed = [
+        kernel.pack_expert(ScaledWeight(*stored), ScaledWeight(*stored), ScaledWeight(*turned), room) for _ in range(3)
+    ]
+    assert list(kernel.build_layer({4: placed[1], 9: placed[2]})) == [4, 9]
+    with pytest.raises(ValueError, match="one after the other"):
+        kernel.build_layer({0: placed[0], 2: placed[2]})
+
+
+def test_what_a_launch_takes_is_asked_for_before_loading(
+    fp8_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[torch.device, int]] = []
+
+    def refuse(device: torch.device, needed_bytes: int, what: str, remedy: str) -> None:
+        asked.append((device, needed_bytes))
+        raise NotEnoughMemory(what)
+
+    monkeypatch.setattr("experts.weights.check_device_memory", refuse)
+    with pytest.raises(NotEnoughMemory):
+        load(fp8_checkpoint, IN_FP8, [ExpertRange(1, 2, 0, 3)])
+    # Weights as stored, and beside them at least the fp32 rows of 8,192 pairs.
+    assert asked == [(CPU, asked[0][1])] and asked[0][1] > 3 * 3 * 192 * 160 + 8192 * 4 * (192 + 160)
