@@ -34,17 +34,16 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,gfni")
 #define SHOAL_SPACE avx512
 #define SHOAL_LANES 16
 #define SHOAL_FMA(a, b, c) ((Vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #include "cpu/vector.inc"
 
-#include "cpu/avx512_bf16.h"
-#pragma GCC pop_options
+#include "cpu/e4m3_avx512.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,gfni")
+#include "cpu/avx512_bf16.h"
+
 #include "cpu/amx.h"
 #pragma GCC pop_options
 #endif

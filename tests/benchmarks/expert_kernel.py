@@ -126,7 +126,7 @@ def measure_kernel(
     bars: list[Bar],
 ) -> None:
     """Append what is measured with these threads. rivals: by rows per expert."""
-    uneven = np.random.default_rng(0).integers(0, 65, sizes.num_experts).tolist()
+    uneven = draw_uneven(sizes.num_experts)
     runs: dict[str, Callable[[], float]] = {
         "read": lambda: read_once(arena.allocated, threads),
         "gemm": make_gemm(sizes.gemm),
@@ -180,6 +180,12 @@ def measure_kernel(
         )
         speedup = seconds[f"rival {count}"] / seconds[f"{count}"]
         bars.append(Bar(f"speed / torch._grouped_mm, {count} rows", RIVAL_SPEEDUP[count], speedup, "ratio", "high"))
+
+
+def draw_uneven(num_experts: int) -> list[int]:
+    """0 to 64 rows per expert at random. Experts share 8 different counts: each has to be timed by itself as well."""
+    generator = np.random.default_rng(0)
+    return generator.choice(generator.integers(0, 65, 8), num_experts).tolist()
 
 
 def run_in_turn(runs: dict[str, Callable[[], float]], num_runs: int) -> dict[str, list[float]]:

@@ -70,48 +70,22 @@ static void release() { asm volatile("tilerelease"); }
 #define SHOAL_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile::)
 #define SHOAL_TILE_MULTIPLY(sum, x, weights) asm volatile("tdpbf16ps %%tmm" #weights ", %%tmm" #x ", %%tmm" #sum::)
 
-// e4m3 -> bf16 by two affine maps over bits: with s eeee mmm, the upper byte is s e3 ~e3 ~e3 ~e3 ~e3 e2 e1 (120 added
-// to the exponent), the lower one e0 mmm 0000. Exact for all but zero, subnormals and NaN, which convert_uncovered
-// looks up. A matrix row is the mask of source bits for one result bit, the highest result bit in the lowest byte.
-constexpr uint64_t affine(uint8_t b7, uint8_t b6, uint8_t b5, uint8_t b4, uint8_t b3, uint8_t b2, uint8_t b1,
-                          uint8_t b0) {
-    return uint64_t(b7) | uint64_t(b6) << 8 | uint64_t(b5) << 16 | uint64_t(b4) << 24 | uint64_t(b3) << 32 |
-           uint64_t(b2) << 40 | uint64_t(b1) << 48 | uint64_t(b0) << 56;
-}
-constexpr uint64_t kUpper = affine(0x80, 0x40, 0x40, 0x40, 0x40, 0x40, 0x20, 0x10);
-constexpr uint64_t kLower = affine(0x08, 0x04, 0x02, 0x01, 0, 0, 0, 0);
-constexpr int kUpperFlipped = 0x3c;
-
 // Converted cells: [input pair][half][16 output rows][2] bf16, as cells of bf16 weights; a tile is 16 pairs of a half.
 // The two stores of a line go to neighbouring addresses: a kilobyte apart they take twice as long.
 template <int kCount>
 static inline void convert_lines(const uint8_t* from, uint8_t* to, int begin, const uint8_t* ahead) {
-    const __m512i upper = _mm512_set1_epi64(int64_t(kUpper)), lower = _mm512_set1_epi64(int64_t(kLower));
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
         const int pair = begin + i;
-        const __m512i line = _mm512_load_si512(from + pair * 64);
         __builtin_prefetch(ahead + pair * 64, 0, 2);
-        const __m512i high = _mm512_gf2p8affine_epi64_epi8(line, upper, kUpperFlipped);
-        const __m512i low = _mm512_gf2p8affine_epi64_epi8(line, lower, 0);
-        uint8_t* at = to + pair * 128;
-        _mm512_store_si512(at, _mm512_unpacklo_epi8(low, high));
-        _mm512_store_si512(at + 64, _mm512_unpackhi_epi8(low, high));
+        e4m3::decode(from + pair * 64).store(to + pair * 128);
     }
 }
 
 static inline void convert_uncovered(const uint8_t* from, uint8_t* to, uint64_t left) {
     for (; left; left &= left - 1) {
         const int pair = __builtin_ctzll(left);
-        const __m512i line = _mm512_load_si512(from + pair * 64);
-        const auto look_up = [&](const uint8_t* table) {
-            return _mm512_permutex2var_epi8(_mm512_loadu_si512(table), line, _mm512_loadu_si512(table + 64));
-        };
-        const __m512i sign = _mm512_and_si512(line, _mm512_set1_epi8(-128));
-        const __m512i high = _mm512_or_si512(look_up(kBf16Table.high), sign), low = look_up(kBf16Table.low);
-        uint8_t* at = to + pair * 128;
-        _mm512_store_si512(at, _mm512_unpacklo_epi8(low, high));
-        _mm512_store_si512(at + 64, _mm512_unpackhi_epi8(low, high));
+        e4m3::decode_any(from + pair * 64).store(to + pair * 128);
     }
 }
 

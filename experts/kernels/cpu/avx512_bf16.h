@@ -34,32 +34,38 @@ static void pack(const Rows& from, void* packed) {
 static inline const uint8_t* decode(const Matrix& matrix, size_t index, uint8_t* to) {
     const uint8_t* cell = matrix.cells + index * matrix.cell_bytes();
     if (matrix.kind == kBf16) return cell;
-    const __m512i mask = _mm512_set1_epi16(int16_t(0x87f0)), offset = _mm512_set1_epi16(120 << 7),
-                  zero = _mm512_setzero_si512();
-    for (int pair = 0; pair < kPairsPerBlock; ++pair) {
-        const __m512i line = _mm512_loadu_si512(cell + pair * 64);
-        // The byte in the upper half of a lane, shifted down with its sign; then the exponent's offset.
-        const __m512i low = _mm512_srai_epi16(_mm512_unpacklo_epi8(zero, line), 4);
-        const __m512i high = _mm512_srai_epi16(_mm512_unpackhi_epi8(zero, line), 4);
-        _mm512_store_si512(to + pair * 128, _mm512_add_epi16(_mm512_and_si512(low, mask), offset));
-        _mm512_store_si512(to + pair * 128 + 64, _mm512_add_epi16(_mm512_and_si512(high, mask), offset));
-    }
+    for (int pair = 0; pair < kPairsPerBlock; ++pair) e4m3::decode(cell + pair * 64).store(to + pair * 128);
     for (uint64_t left = matrix.uncovered[index]; left; left &= left - 1) {
         const int pair = __builtin_ctzll(left);
-        uint16_t* line = reinterpret_cast<uint16_t*>(to + pair * 128);
-        for (int i = 0; i < 64; ++i) line[(i >> 3 & 1) * 32 + i / 16 * 8 + i % 8] = kBf16Table.of[cell[pair * 64 + i]];
+        e4m3::decode_any(cell + pair * 64).store(to + pair * 128);
     }
     return to;
 }
 
-template <int kRows, int kParts>
-static inline void multiply_rows(const uint8_t* weights, const uint16_t* x, const float* scales, bool first,
-                                 float* sums) {
+// Lines of a cell that decode() has made or that are stored as bf16.
+struct StoredLines {
+    const uint8_t* cell;
+    e4m3::Line operator()(int pair) const { return e4m3::load(cell + pair * 128); }
+};
+
+// Lines of an FP8 cell, decoded on their way: with few rows, each is needed once. What comes next is fetched line by
+// line, half a cell ahead: fetched all at once it holds up the products.
+struct DecodedLines {
+    const uint8_t* cell;
+    uint64_t uncovered;
+    e4m3::Line operator()(int pair) const {
+        __builtin_prefetch(cell + (pair + kPairsPerBlock / 2) * 64, 0, 3);
+        return uncovered >> pair & 1 ? e4m3::decode_any(cell + pair * 64) : e4m3::decode(cell + pair * 64);
+    }
+};
+
+template <int kRows, int kParts, class Lines>
+static inline void multiply_rows(const Lines& lines, const uint16_t* x, const float* scales, bool first, float* sums) {
     __m512 sum[kRows][2];
     for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
     for (int pair = 0; pair < kPairsPerBlock; ++pair) {
-        const __m512bh low = (__m512bh)_mm512_load_si512(weights + pair * 128);
-        const __m512bh high = (__m512bh)_mm512_load_si512(weights + pair * 128 + 64);
+        const e4m3::Line line = lines(pair);
+        const __m512bh low = (__m512bh)line.low, high = (__m512bh)line.high;
         for (int i = 0; i < kRows * kParts; ++i) {
             int32_t both;
             std::memcpy(&both, x + i * kBlockColumns + pair * 2, 4);
@@ -78,29 +84,49 @@ static inline void multiply_rows(const uint8_t* weights, const uint16_t* x, cons
         }
 }
 
+// As many rows at once as registers hold: rows that share a pass share its loads, and their sums do not wait for each
+// other.
+constexpr int kRowsAtOnce = 8;
+
+template <int kParts, class Lines>
+static inline void multiply_few(int rows, const Lines& lines, const uint16_t* x, const float* scales, bool first,
+                                float* sums) {
+    switch (rows) {
+        case 8: return multiply_rows<8, kParts>(lines, x, scales, first, sums);
+        case 7: return multiply_rows<7, kParts>(lines, x, scales, first, sums);
+        case 6: return multiply_rows<6, kParts>(lines, x, scales, first, sums);
+        case 5: return multiply_rows<5, kParts>(lines, x, scales, first, sums);
+        case 4: return multiply_rows<4, kParts>(lines, x, scales, first, sums);
+        case 3: return multiply_rows<3, kParts>(lines, x, scales, first, sums);
+        case 2: return multiply_rows<2, kParts>(lines, x, scales, first, sums);
+        default: return multiply_rows<1, kParts>(lines, x, scales, first, sums);
+    }
+}
+
 template <int kParts, class Finish>
 static inline void multiply(const Panels& panels, const uint16_t* x, int rows, Scratch& scratch, Finish&& finish) {
-    constexpr int kRows = 8;
     const float ones[2] = {1, 1};
     const Matrix& matrix = panels.matrix;
     const int blocks = matrix.blocks();
     for (int panel = panels.begin; panel < panels.end; ++panel) {
         for (int block = 0; block < blocks; ++block) {
             const size_t index = size_t(panel) * blocks + block;
+            const float* scales = matrix.kind == kFp8 ? matrix.scales + index * 2 : ones;
+            const uint16_t* activations = x + size_t(block) * rows * kParts * kBlockColumns;
+            if (matrix.kind == kFp8 && rows <= kRowsAtOnce) {
+                const DecodedLines lines{matrix.cells + index * matrix.cell_bytes(), matrix.uncovered[index]};
+                multiply_few<kParts>(rows, lines, activations, scales, !block, scratch.sums);
+                continue;
+            }
             const bool last = panel + 1 == panels.end && block + 1 == blocks;
             const uint8_t* next = last ? panels.after : matrix.cells + (index + 1) * matrix.cell_bytes();
             if (next)
                 for (size_t i = 0; i < matrix.cell_bytes(); i += 64) __builtin_prefetch(next + i, 0, 2);
-            const uint8_t* weights = decode(matrix, index, scratch.cells[0]);
-            const float* scales = matrix.kind == kFp8 ? matrix.scales + index * 2 : ones;
-            const uint16_t* activations = x + size_t(block) * rows * kParts * kBlockColumns;
-            int row = 0;
-            for (; row + kRows <= rows; row += kRows)
-                multiply_rows<kRows, kParts>(weights, activations + row * kParts * kBlockColumns, scales, !block,
-                                             scratch.sums + row * kPanelRows);
-            for (; row < rows; ++row)
-                multiply_rows<1, kParts>(weights, activations + row * kParts * kBlockColumns, scales, !block,
-                                         scratch.sums + row * kPanelRows);
+            const StoredLines lines{decode(matrix, index, scratch.cells[0])};
+            for (int row = 0; row < rows; row += kRowsAtOnce)
+                multiply_few<kParts>(rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce, lines,
+                                     activations + row * kParts * kBlockColumns, scales, !block,
+                                     scratch.sums + row * kPanelRows);
         }
         for (int row = 0; row < rows; ++row) finish(panel, row, scratch.sums + row * kPanelRows);
     }

@@ -26,9 +26,10 @@ struct Features {
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) return;
         avx2 = ymm && fma && f16c && (b >> 5 & 1);
         const bool avx512 = zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
-        avx512_bf16 = avx2 && avx512 && (a1 >> 5 & 1);
+        // Every CPU with AVX512-BF16 but Cooper Lake, which takes AVX2, has what decoding e4m3 needs.
         const bool vbmi = c >> 1 & 1, gfni = c >> 8 & 1, amx_bf16 = d >> 22 & 1, amx_tile = d >> 24 & 1;
-        amx = avx512_bf16 && vbmi && gfni && tiles && amx_bf16 && amx_tile && ask_for_tiles();
+        avx512_bf16 = avx2 && avx512 && vbmi && gfni && (a1 >> 5 & 1);
+        amx = avx512_bf16 && tiles && amx_bf16 && amx_tile && ask_for_tiles();
     }
 
   private:
