@@ -92,6 +92,7 @@ class Router:
                     wire_format=WireFormat(spec.router.wire_dtype),
                     combine=spec.router.combine,
                     deterministic=spec.router.deterministic,
+                    micro_batches=spec.router.micro_batches,
                     max_model_len=spec.router.max_model_len,
                     expert_wait_s=spec.router.expert_wait_s,
                     num_threads=spec.router.num_threads,

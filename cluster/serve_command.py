@@ -157,6 +157,7 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
             wire_dtype=settings.wire_dtype,
             combine=settings.combine,
             deterministic=settings.deterministic,
+            micro_batches=settings.micro_batches,
             max_model_len=settings.max_model_len,
             expert_wait_s=settings.expert_wait_s,
             num_threads=threads.router_threads,

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from cluster.errors import SettingsError
+from router.overlap_policy import MicroBatchSetting, parse_micro_batches
 
 ENV_PREFIX = "SHOAL_"
 # Variables that other commands read; they are no settings of a cluster.
@@ -50,6 +51,11 @@ class ServeSettings(BaseModel):
         "reduced", description="reduced: one partial sum per row and group; exact: one row per expert, more bytes"
     )
     deterministic: bool = Field(False, description="output independent of batch mates, chunking, retries and failures")
+    micro_batches: Annotated[MicroBatchSetting, BeforeValidator(parse_micro_batches)] = Field(
+        "auto",
+        description="parts of a step that compute while others wait for experts; auto: as many as measured to pay, "
+        "off, or a number",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where experts and trunk compute")
     address: str | None = Field(None, description="Ray cluster to join, e.g. auto or HOST:PORT; None: start one here")
     insecure_cluster_network: bool = Field(

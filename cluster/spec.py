@@ -35,6 +35,7 @@ class RouterSpec:
     wire_dtype: str
     combine: Literal["reduced", "exact"]
     deterministic: bool
+    micro_batches: Literal["auto", "off"] | int
     max_model_len: int | None
     expert_wait_s: float
     num_threads: int

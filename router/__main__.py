@@ -18,6 +18,7 @@ import torch
 
 from experts.errors import ExpertsError
 from experts.wire import WireFormat
+from router.overlap_policy import parse_micro_batches
 from router.server import RouterConfig, RouterServer
 
 # How long a signal may go unnoticed while the weights load, which can take minutes.
@@ -42,6 +43,13 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
     )
     parser.add_argument("--combine", choices=["reduced", "exact"], default="reduced")
     parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument(
+        "--micro-batches",
+        type=parse_micro_batches,
+        default="auto",
+        metavar="auto|off|N",
+        help="of a step, which compute while others wait for experts; auto: as many as measured to pay",
+    )
     parser.add_argument("--max-model-len", type=int, default=None, help="tokens; default: the checkpoint's limit")
     parser.add_argument("--max-batched-tokens", type=int, default=2048, help="tokens of one step")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences running at once")
@@ -58,6 +66,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         wire_format=WireFormat(options.wire_dtype),
         combine=options.combine,
         deterministic=options.deterministic,
+        micro_batches=options.micro_batches,
         max_model_len=options.max_model_len,
         max_batched_tokens=options.max_batched_tokens,
         max_num_seqs=options.max_num_seqs,

@@ -63,7 +63,10 @@ class DecoderLayer:
         self._attention = Attention(config, cache.layer(layer_id), weights.attention, scale, deterministic)
 
     async def forward(self, hidden_states: Tensor, batch: StepBatch) -> Tensor:
-        """hidden_states: [num_tokens, hidden_size]. Returns the same, and leaves the rows' latents in the cache."""
+        """hidden_states: [num_tokens, hidden_size]. Returns the same, and leaves the rows' latents in the cache.
+
+        Attention is done before anything is awaited: router/layer_order.py counts on it.
+        """
         weights, eps = self._weights, self._config.rms_norm_eps
         normed = rms_norm(hidden_states, weights.input_layernorm, eps)
         attended = self._attention.forward(normed, self._rotations[batch.positions], batch)

@@ -102,7 +102,11 @@ class Dispatcher:
         pending.start()
         # The caller computes on this thread next. In one turn of the loop the connections hand the frames to the
         # transport, whose own threads send them.
-        await asyncio.sleep(0)
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            pending.abandon()
+            raise
         return pending
 
     def plan(self, layer: _Layer) -> list[GroupFrame]:
@@ -294,6 +298,11 @@ class PendingGather:
             self._stop()
         replies = [reply for reply in self._replies if reply is not None]
         return self._dispatcher.combine(self._layer, self._frames, replies)
+
+    def abandon(self) -> None:
+        """Instead of gather(): nobody wants the result any more."""
+        self._stop()
+        self._finished.cancel()
 
     def _on_done(self, index: int, posted: PostedFrame, outcome: ReplyOrError) -> None:
         if self._posted.pop(index, None) is None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from experts.model_config import ModelConfig
 from router.errors import BadRequest, NotReady, RouterError
+from router.micro_batches import MicroBatchRunner
+from router.overlap_policy import OverlapPolicy
 from router.sampler import SampleRow, TokenLogprobs, compute_logprobs, sample
 from router.scheduler import ScheduledChunk, Scheduler, SchedulerLimits
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
@@ -42,10 +44,19 @@ class EngineProgress:
 class Engine:
     """Owned by one event loop; every method is called on it."""
 
-    def __init__(self, config: ModelConfig, trunk: Trunk, limits: SchedulerLimits, *, max_model_len: int) -> None:
-        """limits.num_blocks: of the trunk's cache."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        trunk: Trunk,
+        limits: SchedulerLimits,
+        *,
+        max_model_len: int,
+        overlap: OverlapPolicy | None = None,
+    ) -> None:
+        """limits.num_blocks: of the trunk's cache. overlap: None computes every step as one batch."""
         self._config = config
         self._trunk = trunk
+        self._micro_batches = MicroBatchRunner(trunk, overlap or OverlapPolicy("off"))
         self._scheduler = Scheduler(limits)
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(config.eos_token_ids)
@@ -115,7 +126,7 @@ class Engine:
 
     async def _step(self, chunks: list[ScheduledChunk]) -> None:
         batch = build_step_batch([_span_of(chunk) for chunk in chunks])
-        hidden_states = await self._trunk.forward(batch)
+        hidden_states = await self._micro_batches.forward(batch)
         self._hand_out_prompt_logprobs(chunks, batch, hidden_states)
         sampled = self._sample(chunks, batch, hidden_states)
         for chunk in chunks:

@@ -32,6 +32,7 @@ from router.engine import Engine
 from router.errors import NotReady
 from router.expert_pool import ExpertPool
 from router.latent_cache import LatentCache, cache_bytes_per_token
+from router.overlap_policy import MicroBatchSetting, OverlapPolicy
 from router.scheduler import SchedulerLimits
 from router.service import RouterService, wait_drained
 from router.static_experts import StaticExperts
@@ -52,8 +53,9 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class RouterConfig:
     """max_model_len: tokens of prompt and answer; None: the checkpoint's max_position_embeddings.
-    expert_endpoints: host:port of known replicas; empty: wait for UpdateExpertTable. num_threads: of torch; None: its
-    default. call_timeout_s: one attempt of one expert call. expert_wait_s: for a group with no usable replica."""
+    micro_batches: that a step is split into. expert_endpoints: host:port of known replicas; empty: wait for
+    UpdateExpertTable. num_threads: of torch; None: its default. call_timeout_s: one attempt of one expert call.
+    expert_wait_s: for a group with no usable replica."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -63,6 +65,7 @@ class RouterConfig:
     wire_format: WireFormat = WireFormat.BFLOAT16
     combine: CombineMode = "reduced"
     deterministic: bool = False
+    micro_batches: MicroBatchSetting = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
@@ -208,7 +211,13 @@ class RouterServer:
                     max_model_len=self._max_model_len,
                     deterministic=config.deterministic,
                 )
-            self._engine = Engine(self._model, trunk, limits, max_model_len=self._max_model_len)
+            self._engine = Engine(
+                self._model,
+                trunk,
+                limits,
+                max_model_len=self._max_model_len,
+                overlap=OverlapPolicy(config.micro_batches),
+            )
         except BaseException as error:
             self._loaded.set_exception(error)
             raise

@@ -12,6 +12,7 @@ from torch.nn import functional
 from experts.model_config import ModelConfig
 from router.decoder_layer import DecoderLayer, ExpertDispatcher
 from router.latent_cache import LatentCache
+from router.layer_order import LayerOrder
 from router.norm import rms_norm
 from router.rotary import compute_rotations
 from router.step_batch import StepBatch
@@ -39,13 +40,16 @@ class Trunk:
             for layer_id, layer in enumerate(weights.layers)
         ]
 
-    async def forward(self, batch: StepBatch) -> Tensor:
+    async def forward(self, batch: StepBatch, order: LayerOrder | None = None) -> Tensor:
         """Run the layers. Returns [num_tokens, hidden_size], before the final norm (the MTP module reads it there).
 
-        Safe to run for several disjoint batches at once on one event loop.
+        Safe to run for several batches at once on one event loop, if no row of one is in the context of another or
+        order has that batch come first. order: None, the batch waits for no other.
         """
         hidden_states = functional.embedding(batch.input_ids, self._weights.embed_tokens)
-        for layer in self._layers:
+        for layer_id, layer in enumerate(self._layers):
+            if order is not None:
+                await order.enter(layer_id)
             hidden_states = await layer.forward(hidden_states, batch)
         return hidden_states
 

@@ -24,6 +24,7 @@ def test_flag_beats_environment_beats_yaml_beats_default(tmp_path: Path):
         ({"groups": "0"}, {}, "greater than or equal to 1"),
         ({}, {"SHOAL_PORT": "70000"}, "port from the environment"),
         ({"wire_dtype": "int8"}, {}, "wire_dtype from the command line"),
+        ({"micro_batches": "9"}, {}, "expected auto, off or a number of 1 to 8, got '9'"),
         ({"device": "cuda"}, {}, "device cuda is not supported yet"),
         ({"port": "8000", "admin_port": "8000"}, {}, "choose another"),
         ({"port": "65535"}, {}, "set admin_port"),

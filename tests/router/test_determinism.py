@@ -16,6 +16,7 @@ from router.dispatch import Dispatcher, DispatchOptions
 from router.engine import Engine
 from router.expert_pool import ExpertPool
 from router.latent_cache import LatentCache
+from router.overlap_policy import MicroBatchSetting, OverlapPolicy
 from router.scheduler import SchedulerLimits
 from router.sequence import SequenceOutput
 from router.trunk import Trunk
@@ -42,7 +43,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path, limits: SchedulerLimits, num_groups: int = 2) -> AsyncIterator[Engine]:
+async def running(
+    folder: Path, limits: SchedulerLimits, num_groups: int = 2, micro_batches: MicroBatchSetting = "off"
+) -> AsyncIterator[Engine]:
     """A deterministic bf16 engine over real gRPC to groups in this process."""
     config: ModelConfig = Checkpoint(folder).config
     groups = load_groups(folder, num_groups, torch.bfloat16)
@@ -54,7 +57,7 @@ async def running(folder: Path, limits: SchedulerLimits, num_groups: int = 2) ->
         weights = load_trunk_weights(Checkpoint(folder), torch.bfloat16)
         cache = LatentCache(config, limits.num_blocks, torch.bfloat16)
         trunk = Trunk(config, weights, dispatcher, cache, max_model_len=256, deterministic=True)
-    engine = Engine(config, trunk, limits, max_model_len=256)
+    engine = Engine(config, trunk, limits, max_model_len=256, overlap=OverlapPolicy(micro_batches))
     task = asyncio.create_task(engine.run())
     try:
         yield engine
@@ -81,6 +84,17 @@ async def test_chunks_of_the_prompt_change_nothing(checkpoint: Path) -> None:
     async with running(checkpoint, WIDE) as engine:
         expected = await alone(engine)
     async with running(checkpoint, NARROW) as engine:
+        sequences = [engine.submit(request(prompt, 12, logprobs=2, prompt_logprobs=1)) for prompt in PROMPTS]
+        assert [await collect(sequence) for sequence in sequences] == expected
+
+
+@pytest.mark.parametrize("count", [2, 4])
+async def test_micro_batches_change_nothing(checkpoint: Path, count: int) -> None:
+    """Also of one prompt: a chunk of 100 rows is cut in two, which attend one after the other."""
+    async with running(checkpoint, WIDE) as engine:
+        expected = await alone(engine)
+    async with running(checkpoint, WIDE, micro_batches=count) as engine:
+        assert await alone(engine) == expected
         sequences = [engine.submit(request(prompt, 12, logprobs=2, prompt_logprobs=1)) for prompt in PROMPTS]
         assert [await collect(sequence) for sequence in sequences] == expected
 

@@ -345,3 +345,20 @@ async def wait_connected(pool: ExpertPool, count: int) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while len(pool.connected_replica_ids()) < count:
             await asyncio.sleep(0.01)
+
+
+async def test_a_cancelled_scatter_or_gather_leaves_no_frame_waiting(cluster: Cluster) -> None:
+    async with dispatching(cluster) as (dispatcher, pool):
+        asked = spread(cluster.config)
+        await run(dispatcher, asked)
+        connections = [pool.pick(name) for name in cluster.table().group_names]
+        for num_turns in range(4):
+            task = asyncio.create_task(run(dispatcher, asked))
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task], timeout=DEADLINE_S)
+            assert task.cancelled()
+            assert [connection.outstanding for connection in connections if connection is not None] == [0, 0]
+        expected = await run(dispatcher, asked)
+        assert expected.shape == asked[0].shape
