@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from cluster.bench_options import add_options as add_bench_options
 from cluster.errors import ClusterError, SettingsError
 from cluster.settings import ServeSettings, suggest
 from experts.errors import ExpertsError
@@ -52,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_url(chat)
     _add_json(chat)
     _add_chat(chat)
+    bench = commands.add_parser("bench", help="load for any OpenAI endpoint, and how it coped")
+    _add_url(bench)
+    _add_json(bench)
+    add_bench_options(bench)
     doctor = commands.add_parser("doctor", help="what is missing or misconfigured on this machine, and how to mend it")
     doctor.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="default: the demo checkpoint")
     doctor.add_argument("--groups", type=int, default=4, metavar="N", help="expert groups (default: 4)")
@@ -86,6 +91,8 @@ def _run(options: argparse.Namespace) -> int:
             from cluster.check_command import run
         case "chat":
             from cluster.chat_command import run
+        case "bench":
+            from cluster.bench_command import run
         case "doctor":
             from cluster.doctor_command import run
         case _:

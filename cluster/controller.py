@@ -41,6 +41,7 @@ from cluster.records import (
     ReplicaRecord,
     RouterRecord,
 )
+from cluster.router_figures import read_figures
 from cluster.spec import ClusterSpec, spec_from_json
 from cluster.status_view import build_status
 from cluster.stored_table import memory_from_json, memory_to_json
@@ -148,6 +149,7 @@ class ControllerLoop:
                 "current_step_ms": status.current_step_ms,
                 "table_version": status.table_version,
                 "connected_replicas": list(status.connected_replica_ids),
+                "figures": read_figures(status),
             }
             for (router_id, _), status in self._prober.router_details().items()
         }
