@@ -6,18 +6,24 @@ talk to Ray's control service, so the controller makes them in a thread.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import ExpertReplica, Router
 from cluster.data_plane_env import DATA_PLANE_ENV
 from cluster.spec import ClusterSpec
 
+logger = logging.getLogger(__name__)
+
 RAY_NAMESPACE = "shoal"
 CONTROLLER_NAME = "controller"
 # A running method must not keep another from being heard.
 _MAX_CONCURRENCY = 4
+_CALL_TIMEOUT_S = 5.0
 
 
 class ActorFactory:
@@ -27,20 +33,33 @@ class ActorFactory:
         self._spec = spec
         self._spec_json = spec.to_json()
 
-    def create_replica(self, replica_id: str) -> Any:
-        return self._create(ExpertReplica, replica_id, DATA_PLANE_ENV, self._spec_json, replica_id)
+    def create_replica(self, replica_id: str, node_id: str | None = None) -> Any:
+        """node_id: where it should go while that node lives; None: Ray spreads."""
+        return self._create(ExpertReplica, replica_id, DATA_PLANE_ENV, self._spec_json, replica_id, node_id=node_id)
 
     def create_router(self, router_id: str) -> Any:
         return self._create(Router, router_id, DATA_PLANE_ENV, self._spec_json, router_id)
 
     def create_controller(self, *args: Any) -> Any:
-        from cluster.controller import Controller
+        from cluster.controller_actor import Controller
 
         return self._create(Controller, CONTROLLER_NAME, {}, self._spec_json, *args)
 
     def list_existing(self) -> frozenset[str]:
         """Names of the actors in our namespace that live or are being restarted."""
         return frozenset(ray.util.list_named_actors())
+
+    def list_nodes(self) -> frozenset[str]:
+        """Ray's ids of the nodes that live."""
+        return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+    def drain_replica(self, replica_id: str, grace_s: float) -> None:
+        """Let a replica finish its frames; blocks for at most grace_s and a little. One that is gone has none."""
+        try:
+            actor = ray.get_actor(replica_id, namespace=RAY_NAMESPACE)
+            ray.get(actor.drain.remote(grace_s), timeout=grace_s + _CALL_TIMEOUT_S)
+        except (ValueError, RayError) as error:
+            logger.info("not drained replica_id=%s: %s", replica_id, " ".join(str(error).split())[:200])
 
     def kill(self, name: str) -> None:
         """End an actor for good, at once. Nothing happens if there is none."""
@@ -49,7 +68,7 @@ class ActorFactory:
         except ValueError:
             return
 
-    def _create(self, actor_class: type, name: str, env: dict[str, str], *args: Any) -> Any:
+    def _create(self, actor_class: type, name: str, env: dict[str, str], *args: Any, node_id: str | None = None) -> Any:
         options: dict[str, Any] = {
             "name": name,
             "namespace": RAY_NAMESPACE,
@@ -62,7 +81,9 @@ class ActorFactory:
             "num_cpus": 0,
         }
         if not self._spec.own_ray:
-            options["scheduling_strategy"] = "SPREAD"
+            options["scheduling_strategy"] = (
+                "SPREAD" if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=True)
+            )
             if env:
                 options["runtime_env"] = {"env_vars": env}
         return ray.remote(actor_class).options(**options).remote(*args)

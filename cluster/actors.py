@@ -25,13 +25,14 @@ class ExpertReplica:
 
     def __init__(self, spec_json: bytes, replica_id: str) -> None:
         spec = _start_process(spec_json)
-        group = spec.replica_groups[replica_id]
+        group = spec.get_group_of(replica_id)
         publisher = Publisher(
             RayRecordStore(),
             replica_key(replica_id),
             ReplicaRecord,
             actor_id=replica_id,
-            node=_get_node_name(),
+            node=_get_node_name(spec),
+            node_id=_get_node_id(),
             group_name=group.name,
             hosted=group.hosted,
             weight_digest="",
@@ -74,7 +75,12 @@ class Router:
     def __init__(self, spec_json: bytes, router_id: str) -> None:
         spec = _start_process(spec_json)
         publisher = Publisher(
-            RayRecordStore(), router_key(router_id), RouterRecord, actor_id=router_id, node=_get_node_name()
+            RayRecordStore(),
+            router_key(router_id),
+            RouterRecord,
+            actor_id=router_id,
+            node=_get_node_name(spec),
+            node_id=_get_node_id(),
         )
         publisher.wait_turn()
         try:
@@ -125,5 +131,12 @@ def _get_listen_host(spec: ClusterSpec) -> str:
     return get_node_ip_address()
 
 
-def _get_node_name() -> str:
-    return os.uname().nodename
+def _get_node_name(spec: ClusterSpec) -> str:
+    """The address where there are several nodes, as two of them may be on one machine."""
+    return os.uname().nodename if spec.listen_on == "loopback" else _get_listen_host(spec)
+
+
+def _get_node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -15,14 +16,27 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.errors import ChangeRefused, StoreUnavailable
+
 MAX_BODY_BYTES = 1 << 20
 MAX_DRAIN_TIMEOUT_S = 86_400.0
+MAX_NAME_CHARACTERS = 256
 
 
 class Administered(Protocol):
     """What the API may ask of the controller."""
 
     def get_status(self) -> dict[str, Any]: ...
+
+    def get_plan_view(self) -> dict[str, Any]: ...
+
+    def get_events(self, after: int) -> list[dict[str, Any]]: ...
+
+    async def scale(self, counts: Mapping[str, int], force: bool) -> int: ...
+
+    async def replace_replica(self, replica_id: str) -> int: ...
+
+    async def restart_groups(self, names: Sequence[str]) -> int: ...
 
     async def drain(self, timeout_s: float) -> int: ...
 
@@ -42,9 +56,41 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
         timeout_s = _read_timeout(await _read_object(request))
         return JSONResponse({"num_running": await controller.drain(timeout_s)})
 
+    async def plan(_: Request) -> Response:
+        return JSONResponse(controller.get_plan_view())
+
+    async def events(request: Request) -> Response:
+        return JSONResponse({"events": controller.get_events(_read_after(request))})
+
+    async def scale(request: Request) -> Response:
+        document = await _read_object(request)
+        version = await controller.scale(_read_counts(document), _read_flag(document, "force"))
+        return JSONResponse({"desired_version": version})
+
+    async def drain_replica(request: Request) -> Response:
+        version = await controller.replace_replica(_read_text(await _read_object(request), "replica"))
+        return JSONResponse({"desired_version": version})
+
+    async def restart(request: Request) -> Response:
+        version = await controller.restart_groups(_read_names(await _read_object(request), "groups"))
+        return JSONResponse({"desired_version": version})
+
     app = Starlette(
-        routes=[Route("/status", status, methods=["GET"]), Route("/drain", drain, methods=["POST"])],
-        exception_handlers={HTTPException: _answer_http_error, Exception: _answer_bug},
+        routes=[
+            Route("/status", status, methods=["GET"]),
+            Route("/plan", plan, methods=["GET"]),
+            Route("/events", events, methods=["GET"]),
+            Route("/scale", scale, methods=["POST"]),
+            Route("/replicas/drain", drain_replica, methods=["POST"]),
+            Route("/restart", restart, methods=["POST"]),
+            Route("/drain", drain, methods=["POST"]),
+        ],
+        exception_handlers={
+            HTTPException: _answer_http_error,
+            ChangeRefused: _answer_refusal,
+            StoreUnavailable: _answer_unavailable,
+            Exception: _answer_bug,
+        },
     )
     return _TokenGuard(app, token_hash)
 
@@ -96,6 +142,54 @@ def _read_timeout(document: dict[str, Any]) -> float:
     if not 0 <= value <= MAX_DRAIN_TIMEOUT_S:
         raise HTTPException(400, f"timeout_s must be from 0 to {MAX_DRAIN_TIMEOUT_S:.0f}")
     return float(value)
+
+
+def _read_counts(document: dict[str, Any]) -> dict[str, int]:
+    counts = document.get("groups")
+    if not isinstance(counts, dict) or not counts:
+        raise HTTPException(400, "groups must be an object of group names and numbers of replicas")
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise HTTPException(400, f"groups: the number of replicas of {name[:100]!r} must be a whole number")
+    return counts
+
+
+def _read_flag(document: dict[str, Any], name: str) -> bool:
+    value = document.get(name, False)
+    if not isinstance(value, bool):
+        raise HTTPException(400, f"{name} must be true or false")
+    return value
+
+
+def _read_text(document: dict[str, Any], name: str) -> str:
+    value = document.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME_CHARACTERS:
+        raise HTTPException(400, f"{name} must be a text of 1 to {MAX_NAME_CHARACTERS} characters")
+    return value
+
+
+def _read_names(document: dict[str, Any], name: str) -> list[str]:
+    values = document.get(name, [])
+    if not isinstance(values, list) or not all(
+        isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS for value in values
+    ):
+        raise HTTPException(400, f"{name} must be a list of names")
+    return values
+
+
+def _read_after(request: Request) -> int:
+    value = request.query_params.get("after", "0")
+    if not (value.isascii() and value.isdigit() and len(value) <= 18):
+        raise HTTPException(400, "after must be the sequence number of an event")
+    return int(value)
+
+
+async def _answer_refusal(_: Request, error: Exception) -> Response:
+    return _error(400, "change_refused", str(error))
+
+
+async def _answer_unavailable(_: Request, error: Exception) -> Response:
+    return _error(503, "control_plane_unavailable", str(error))
 
 
 async def _answer_http_error(_: Request, error: Exception) -> Response:

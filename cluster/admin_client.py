@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ from cluster.state_file import find_state, get_state_dir
 
 TOKEN_VARIABLE = "SHOAL_ADMIN_TOKEN"
 CALL_TIMEOUT_S = 10.0
+_WAIT_INTERVAL_S = 0.2
 
 
 class AdminClient:
@@ -28,10 +30,52 @@ class AdminClient:
     def fetch_status(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         return self._request("GET", "/status", None, timeout_s)
 
+    def fetch_plan(self) -> dict[str, Any]:
+        return self._request("GET", "/plan", None, CALL_TIMEOUT_S)
+
+    def fetch_events(self, after: int) -> list[dict[str, Any]]:
+        """Events with a greater sequence number, oldest first."""
+        return list(self._request("GET", f"/events?after={after}", None, CALL_TIMEOUT_S)["events"])
+
+    def scale(self, counts: Mapping[str, int], force: bool) -> int:
+        """Returns the version of the desired state that has these numbers."""
+        return self._change("/scale", {"groups": dict(counts), "force": force})
+
+    def drain_replica(self, replica_id: str) -> int:
+        """Have one replica replaced. Returns the version of the desired state."""
+        return self._change("/replicas/drain", {"replica": replica_id})
+
+    def restart(self, group_names: Sequence[str]) -> int:
+        """Have every replica of these groups replaced, of all if none is named, one at a time."""
+        return self._change("/restart", {"groups": list(group_names)})
+
+    def wait_settled(self, version: int, timeout_s: float) -> dict[str, Any]:
+        """Wait until the cluster is as desired, by this version or a later one; returns its status.
+
+        A controller that is being restarted meanwhile is waited for. Raises RequestFailed when the time is over.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        reason = "the cluster has not been asked"
+        while True:
+            try:
+                status = self.fetch_status()
+                if status["settled"] and status["desired_version"] >= version:
+                    return status
+                steps = self.fetch_plan()["steps"]
+                reason = "; ".join(f"{step['object']}: {step['reason']}" for step in steps[:3])
+            except RequestFailed as error:
+                reason = str(error)
+            if time.monotonic() >= deadline_s:
+                raise RequestFailed(f"not done after {timeout_s:g} s, and still under way: {reason}")
+            time.sleep(_WAIT_INTERVAL_S)
+
     def drain(self, timeout_s: float) -> int:
         """Drain every router. Returns the number of sequences still running after timeout_s."""
         answer = self._request("POST", "/drain", {"timeout_s": timeout_s}, timeout_s + CALL_TIMEOUT_S)
         return int(answer["num_running"])
+
+    def _change(self, path: str, body: Mapping[str, Any]) -> int:
+        return int(self._request("POST", path, body, CALL_TIMEOUT_S)["desired_version"])
 
     def close(self) -> None:
         self._client.close()

@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what runs where, and in which state")
     _add_url(status)
     _add_json(status)
+    _add_scaling(commands)
     check = commands.add_parser("check", help="validate every byte of a checkpoint folder")
     check.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face folder")
     check.add_argument("--groups", type=int, default=4, metavar="N", help="expert groups to size it for (default: 4)")
@@ -87,6 +88,16 @@ def _run(options: argparse.Namespace) -> int:
             from cluster.serve_command import run
         case "status":
             from cluster.status_command import run
+        case "scale":
+            from cluster.scale_commands import run_scale as run
+        case "drain":
+            from cluster.scale_commands import run_drain as run
+        case "restart":
+            from cluster.scale_commands import run_restart as run
+        case "plan":
+            from cluster.plan_command import run
+        case "events":
+            from cluster.events_command import run
         case "check":
             from cluster.check_command import run
         case "chat":
@@ -134,6 +145,26 @@ class _Setting(argparse.Action):
             values = not str(option_string).startswith("--no-")
         if values is not None:
             namespace.settings = {**namespace.settings, self.dest: values}
+
+
+def _add_scaling(commands: Any) -> None:
+    scale = commands.add_parser("scale", help="change how many replicas expert groups have")
+    scale.add_argument("counts", nargs="+", metavar="GROUP=N", help="for example g0=2")
+    scale.add_argument("--force", action="store_true", help="allow 0 replicas, with which no request can be served")
+    drain = commands.add_parser("drain", help="replace one expert group replica: start another, then let it leave")
+    drain.add_argument("replica", metavar="REPLICA", help="for example g0-1")
+    restart = commands.add_parser("restart", help="replace all replicas of expert groups, one at a time")
+    restart.add_argument("groups", nargs="*", metavar="GROUP", help="default: every group")
+    for parser in (scale, restart):
+        parser.add_argument("--wait", action="store_true", help="until the cluster is as desired")
+    for parser in (scale, drain, restart):
+        parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest wait (default: 600)")
+    plan = commands.add_parser("plan", help="what the controller does now, what it waits for, and why")
+    events = commands.add_parser("events", help="what happened to the cluster, and why")
+    events.add_argument("--follow", "-f", action="store_true", help="go on until Ctrl-C")
+    for parser in (scale, drain, restart, plan, events):
+        _add_url(parser)
+        _add_json(parser)
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:

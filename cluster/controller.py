@@ -1,49 +1,53 @@
 """The controller: observes what the actors publish, plans, acts. The only place with a clock.
 
-ControllerLoop has every effect handed in, so tests run it on fakes. Controller is the Ray actor around it: restarted by
-Ray, it reads spec and table back from the record store and goes on. Tokens never wait for it: routers keep working
-with the table they have while it is away.
+ControllerLoop has every effect handed in, so tests run it on fakes; cluster/controller_actor.py is the Ray actor around
+it. Restarted, it reads desired state, table and events back from the record store and goes on. Tokens never wait for
+it: routers keep working with the table they have while it is away.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-import os
-import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from cluster.errors import BadRecord, StoreUnavailable
+from cluster import desired_state
+from cluster.desired_state import DesiredState
+from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
+from cluster.event_log import EventLog
 from cluster.planner import (
+    ActorState,
     CreateReplica,
     CreateRouter,
+    DrainReplica,
     Health,
     Memory,
     Observation,
     Plan,
     PushTable,
+    RemoveReplica,
     RouterReport,
     compute_plan,
 )
-from cluster.record_store import RayRecordStore, RecordStore
+from cluster.record_store import RecordStore
 from cluster.records import (
-    CONTROLLER_KEY,
+    DESIRED_KEY,
+    EVENTS_KEY,
     REPLICA_PREFIX,
     ROUTER_PREFIX,
     TABLE_KEY,
     ActorRecord,
-    ControllerRecord,
     ReplicaRecord,
     RouterRecord,
+    replica_key,
 )
 from cluster.router_figures import read_figures
-from cluster.spec import ClusterSpec, spec_from_json
-from cluster.status_view import build_status
+from cluster.spec import ClusterSpec
+from cluster.status_view import build_plan_view, build_status
 from cluster.stored_table import memory_from_json, memory_to_json
 from router.expert_table import ExpertTable
 
@@ -54,6 +58,9 @@ LOOP_INTERVAL_S = 0.1
 # Which actors exist is asked less often: only an actor that failed in its constructor needs it.
 LIST_INTERVAL_S = 1.0
 RAY_CALL_TIMEOUT_S = 10.0
+# Frames take less than a second; a router closes its streams to a replica that left the table once they are answered.
+REPLICA_DRAIN_S = 30.0
+_GOOD_REASON = "as it should be"
 
 T = TypeVar("T")
 RecordT = TypeVar("RecordT", bound=ActorRecord)
@@ -62,11 +69,17 @@ RecordT = TypeVar("RecordT", bound=ActorRecord)
 class Factory(Protocol):
     """Synchronous calls into Ray; they may block."""
 
-    def create_replica(self, replica_id: str) -> Any: ...
+    def create_replica(self, replica_id: str, node_id: str | None) -> Any: ...
 
     def create_router(self, router_id: str) -> Any: ...
 
     def list_existing(self) -> frozenset[str]: ...
+
+    def list_nodes(self) -> frozenset[str]: ...
+
+    def drain_replica(self, replica_id: str, grace_s: float) -> None: ...
+
+    def kill(self, name: str) -> None: ...
 
 
 class Prober(Protocol):
@@ -88,12 +101,18 @@ class Prober(Protocol):
 
 
 class ControllerLoop:
-    """Owns the memory between plans. Every method runs on one event loop."""
+    """Owns desired state, events and the memory between plans. Every method runs on one event loop."""
 
     def __init__(
-        self, spec: ClusterSpec, store: RecordStore, factory: Factory, prober: Prober, clock: Callable[[], float]
+        self,
+        spec: ClusterSpec,
+        store: RecordStore,
+        factory: Factory,
+        prober: Prober,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
     ) -> None:
-        """clock: seconds, monotonic."""
+        """clock: seconds, monotonic. wall_clock: seconds since the epoch."""
         self._spec = spec
         self._store = store
         self._factory = factory
@@ -101,6 +120,9 @@ class ControllerLoop:
         self._clock = clock
         self._store_calls = _CallThread("record store")
         self._ray_calls = _CallThread("ray")
+        self._desired = desired_state.begin(spec)
+        self._change_lock = asyncio.Lock()
+        self._events = EventLog(wall_clock)
         self._memory: Memory | None = None
         self._observation = Observation(
             now_s=clock(),
@@ -109,11 +131,18 @@ class ControllerLoop:
             replica_health={},
             router_reports={},
             existing_ids=None,
+            node_ids=frozenset(),
+            drained=frozenset(),
             draining=False,
         )
         self._plan: Plan | None = None
         self._stored: Memory | None = None
         self._listed_s: float | None = None
+        # The last start seen of each actor.
+        self._incarnations: dict[str, int] = {}
+        self._drains: dict[tuple[str, int], asyncio.Task[None]] = {}
+        # When the last turn ended, by the clock: proof that the loop moves.
+        self.turned_s: float | None = None
 
     async def run(self) -> None:
         """For ever. A turn that fails is logged and the next one starts afresh."""
@@ -124,23 +153,28 @@ class ControllerLoop:
                 logger.warning("a turn of the controller failed: %s", error)
             except Exception:
                 logger.exception("a turn of the controller failed")
+            self.turned_s = self._clock()
             await asyncio.sleep(LOOP_INTERVAL_S)
 
     async def step(self) -> Plan:
         """One turn: observe, plan, act."""
         if self._memory is None:
-            self._memory = await self._load_memory()
+            self._memory = await self._load()
         await self._observe()
-        plan = compute_plan(self._spec, self._observation, self._memory)
+        plan = compute_plan(self._spec, self._desired, self._observation, self._memory)
         await self._persist(plan.memory)
-        self._log_changes(plan)
+        self._record_changes(plan)
         self._memory = plan.memory
         self._plan = plan
         await self._act(plan)
+        if self._desired.rollout and plan.is_settled(replace(self._desired, rollout=())):
+            await self._change(
+                lambda desired: desired_state.advance_rollout(desired, self._list_taken_ids()), "rolling replacement"
+            )
+        await self._store_events()
         return plan
 
     def get_status(self) -> dict[str, Any]:
-        plan = self._plan or compute_plan(self._spec, self._observation, self._memory or Memory())
         details = {
             router_id: {
                 "num_running": status.num_running,
@@ -153,13 +187,74 @@ class ControllerLoop:
             }
             for (router_id, _), status in self._prober.router_details().items()
         }
-        return build_status(self._spec, self._observation, plan, details)
+        return build_status(self._spec, self._desired, self._observation, self._get_plan(), details)
+
+    def get_plan_view(self) -> dict[str, Any]:
+        return build_plan_view(self._desired, self._observation, self._get_plan())
+
+    def get_events(self, after: int) -> list[dict[str, Any]]:
+        """Events with a greater sequence number, oldest first."""
+        return self._events.get_after(after)
+
+    async def scale(self, counts: Mapping[str, int], force: bool) -> int:
+        """Returns the version of the desired state. Raises ChangeRefused or StoreUnavailable: nothing was changed."""
+
+        def change(desired: DesiredState) -> DesiredState:
+            ready_ids = {
+                replica_id
+                for replica_id, status in self._get_plan().replicas.items()
+                if status.state is ActorState.READY
+            }
+            taken_ids = self._list_taken_ids()
+            return desired_state.scale(desired, counts, force=force, taken_ids=taken_ids, serving_ids=ready_ids)
+
+        return await self._change(change, "scaled by the admin API")
+
+    async def replace_replica(self, replica_id: str) -> int:
+        """Let one replica leave once another has taken its place. Raises as scale does."""
+        return await self._change(
+            lambda desired: desired_state.replace_member(desired, replica_id, self._list_taken_ids()),
+            "drained by the admin API",
+        )
+
+    async def restart_groups(self, names: Sequence[str]) -> int:
+        """Replace every replica of these groups, or of all, one at a time. Raises as scale does."""
+        return await self._change(
+            lambda desired: desired_state.start_rollout(desired, names), "restarted by the admin API"
+        )
 
     async def drain(self, timeout_s: float) -> int:
         """Stop creating actors and drain the routers. Returns the sequences still running after timeout_s."""
-        logger.info("draining timeout_s=%g", timeout_s)
+        self._events.add("cluster", "drain", f"asked for by the admin API, for at most {timeout_s:g} s")
         self._observation = replace(self._observation, draining=True)
         return await self._prober.drain_routers(timeout_s)
+
+    async def _change(self, change: Callable[[DesiredState], DesiredState], reason: str) -> int:
+        """Store a new desired state, then act on it: a successor must know of it first."""
+        async with self._change_lock:
+            if self._observation.draining:
+                raise ChangeRefused("the cluster is being stopped: nothing is changed any more")
+            if self._memory is None or self._observation.existing_ids is None:
+                raise StoreUnavailable("Ray's control service does not answer: nothing was changed, try again later")
+            before, after = self._desired, change(self._desired)
+            if after is before:
+                return before.version
+            await self._store_calls.call(lambda: self._store.put(DESIRED_KEY, after.to_json()))
+            self._desired = after
+            for old, new in zip(before.groups, after.groups, strict=True):
+                if old != new:
+                    members = f"{','.join(old.member_ids) or 'none'} to {','.join(new.member_ids) or 'none'}"
+                    self._events.add(f"group {new.name}", "change", f"from {members}: {reason}")
+            if len(after.rollout) > len(before.rollout):
+                self._events.add("cluster", "restart", f"{', '.join(after.rollout)}, one at a time: {reason}")
+            logger.info("desired state version=%d reason=%s", after.version, reason)
+            return after.version
+
+    def _get_plan(self) -> Plan:
+        return self._plan or compute_plan(self._spec, self._desired, self._observation, self._memory or Memory())
+
+    def _list_taken_ids(self) -> frozenset[str]:
+        return (self._observation.existing_ids or frozenset()) | self._observation.replicas.keys()
 
     async def _persist(self, memory: Memory) -> None:
         """Keep table and digests for a successor, before they are pushed.
@@ -170,7 +265,7 @@ class ControllerLoop:
         if self._stored is not None and (memory.table, memory.digests) == (self._stored.table, self._stored.digests):
             return
         if self._memory is None or memory.table is not self._memory.table:
-            logger.info("table version=%d %s", memory.table.version, _describe_table(memory.table))
+            self._events.add("expert table", "publish", f"version {memory.table.version}: {_describe(memory.table)}")
         try:
             await self._store_calls.call(lambda: self._store.put(TABLE_KEY, memory_to_json(memory)))
         except StoreUnavailable:
@@ -178,16 +273,35 @@ class ControllerLoop:
             return
         self._stored = memory
 
-    async def _load_memory(self) -> Memory:
-        data = await self._store_calls.call(lambda: self._store.get(TABLE_KEY))
-        if data is None:
-            return Memory()
+    async def _store_events(self) -> None:
+        if self._events.is_stored:
+            return
+        data = self._events.to_json()
         try:
-            memory = memory_from_json(data)
+            await self._store_calls.call(lambda: self._store.put(EVENTS_KEY, data))
+        except StoreUnavailable:
+            return
+        self._events.is_stored = True
+
+    async def _load(self) -> Memory:
+        """What a predecessor left. Raises StoreUnavailable."""
+
+        async def fetch(key: bytes) -> bytes | None:
+            return await self._store_calls.call(lambda: self._store.get(key))
+
+        table, desired, events = await fetch(TABLE_KEY), await fetch(DESIRED_KEY), await fetch(EVENTS_KEY)
+        memory = Memory()
+        try:
+            if events is not None:
+                self._events.restore(events)
+                self._events.add("controller", "start", "it goes on where another one ended")
+            if desired is not None:
+                self._desired = desired_state.desired_from_json(desired)
+            if table is not None:
+                memory = memory_from_json(table)
         except BadRecord as error:
-            logger.warning("starting with an empty expert table: %s", error)
-            return Memory()
-        logger.info("table version=%d taken over", memory.table.version)
+            logger.warning("starting without what a predecessor left: %s", error)
+        logger.info("table version=%d desired version=%d", memory.table.version, self._desired.version)
         return memory
 
     async def _observe(self) -> None:
@@ -202,17 +316,23 @@ class ControllerLoop:
             )
             if self._listed_s is None or now_s - self._listed_s >= LIST_INTERVAL_S:
                 self._listed_s = now_s
-                existing = await self._ray_calls.call(self._factory.list_existing)
-                observation = replace(observation, existing_ids=existing)
+                existing_ids = await self._ray_calls.call(self._factory.list_existing)
+                node_ids = await self._ray_calls.call(self._factory.list_nodes)
+                if observation.existing_ids is None and self._plan is not None:
+                    self._events.add("control plane", "resume", "Ray's control service answers again")
+                observation = replace(observation, existing_ids=existing_ids, node_ids=node_ids)
         except StoreUnavailable as error:
             if observation.existing_ids is not None:
-                logger.warning("observing paused: %s", error)
+                self._events.add("control plane", "pause", f"nothing is started or ended meanwhile: {error}")
             observation = replace(observation, existing_ids=None)
+            # Asked again at the next turn.
+            self._listed_s = None
         self._prober.set_targets(_get_endpoints(observation.replicas), _get_endpoints(observation.routers))
         self._observation = replace(
             observation,
             replica_health=self._prober.replica_health,
             router_reports=self._prober.router_reports,
+            drained=frozenset(target for target, task in self._drains.items() if task.done()),
             draining=self._observation.draining,
         )
 
@@ -221,68 +341,54 @@ class ControllerLoop:
             match action:
                 case PushTable(router_id, incarnation):
                     self._prober.push_table((router_id, incarnation), plan.table)
-                case CreateReplica(replica_id):
-                    logger.info("creating replica_id=%s: Ray does not know it", replica_id)
-                    await self._ray_calls.call(lambda replica_id=replica_id: self._factory.create_replica(replica_id))
+                case CreateReplica(replica_id, node_id):
+                    self._events.add(f"replica {replica_id}", "create", action.reason)
+                    await self._ray_calls.call(functools.partial(self._factory.create_replica, replica_id, node_id))
+                    self._note_existing({replica_id}, set())
                 case CreateRouter(router_id):
-                    logger.info("creating router_id=%s: Ray does not know it", router_id)
-                    await self._ray_calls.call(lambda router_id=router_id: self._factory.create_router(router_id))
+                    self._events.add(f"router {router_id}", "create", action.reason)
+                    await self._ray_calls.call(functools.partial(self._factory.create_router, router_id))
+                    self._note_existing({router_id}, set())
+                case DrainReplica(replica_id, incarnation):
+                    if (replica_id, incarnation) not in self._drains:
+                        self._events.add(f"replica {replica_id}", "drain", action.reason)
+                        task = asyncio.create_task(self._drain_replica(replica_id))
+                        self._drains[replica_id, incarnation] = task
+                case RemoveReplica(replica_id):
+                    self._events.add(f"replica {replica_id}", "remove", action.reason)
+                    await self._ray_calls.call(functools.partial(self._factory.kill, replica_id))
+                    await self._store_calls.call(functools.partial(self._store.delete, replica_key(replica_id)))
+                    self._note_existing(set(), {replica_id})
+                    for target in [target for target in self._drains if target[0] == replica_id]:
+                        del self._drains[target]
 
-    def _log_changes(self, plan: Plan) -> None:
+    async def _drain_replica(self, replica_id: str) -> None:
+        """Ends in time whatever Ray does."""
+        try:
+            async with asyncio.timeout(REPLICA_DRAIN_S + RAY_CALL_TIMEOUT_S):
+                await asyncio.to_thread(self._factory.drain_replica, replica_id, REPLICA_DRAIN_S)
+        except Exception as error:
+            logger.warning("drain failed replica_id=%s: %s", replica_id, error or type(error).__name__)
+
+    def _note_existing(self, added: set[str], removed: set[str]) -> None:
+        """What was just done shows before Ray is asked again."""
+        existing_ids = self._observation.existing_ids
+        if existing_ids is not None:
+            self._observation = replace(self._observation, existing_ids=(existing_ids | added) - removed)
+
+    def _record_changes(self, plan: Plan) -> None:
         for kind, now, before in (
             ("router", plan.routers, self._plan.routers if self._plan else {}),
             ("replica", plan.replicas, self._plan.replicas if self._plan else {}),
         ):
             for actor_id, status in now.items():
+                record = self._observation.get_record(actor_id)
+                incarnation = record.incarnation if record is not None else None
+                if self._incarnations.get(actor_id) != incarnation and record is not None:
+                    self._incarnations[actor_id] = record.incarnation
+                    self._events.add(f"{kind} {actor_id}", "start", _describe_start(record))
                 if actor_id not in before or before[actor_id].state is not status.state:
-                    logger.info(
-                        "%s_id=%s state=%s reason=%s", kind, actor_id, status.state.value, status.message or "-"
-                    )
-
-
-class Controller:
-    """The Ray actor. Threaded: the loop and the admin server run in a thread of their own."""
-
-    def __init__(self, spec_json: bytes, admin_host: str, admin_port: int, token_hash: str) -> None:
-        logging.basicConfig(
-            level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-        )
-        self._spec = spec_from_json(spec_json)
-        self._address = (admin_host, admin_port)
-        self._token_hash = token_hash
-        threading.Thread(target=self._run, name="controller", daemon=True).start()
-
-    def ping(self) -> int:
-        """The process id: answers when the constructor has ended."""
-        return os.getpid()
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException:
-            logger.exception("the controller's loop ended; Ray restarts it")
-            os._exit(1)
-
-    async def _serve(self) -> None:
-        import uvicorn
-
-        from cluster.actor_factory import ActorFactory
-        from cluster.admin_app import create_admin_app
-        from cluster.probes import Probes
-
-        store = RayRecordStore()
-        loop = ControllerLoop(self._spec, store, ActorFactory(self._spec), Probes(), time.monotonic)
-        host, port = self._address
-        app = create_admin_app(loop, self._token_hash)
-        server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
-        record = ControllerRecord(pid=os.getpid(), node=os.uname().nodename, admin_url=f"http://{host}:{port}")
-        await asyncio.to_thread(store.put, CONTROLLER_KEY, record.to_json())
-        done, _ = await asyncio.wait(
-            [asyncio.create_task(loop.run()), asyncio.create_task(server.serve())], return_when=asyncio.FIRST_COMPLETED
-        )
-        for task in done:
-            task.result()
-        raise RuntimeError("the admin server ended")
+                    self._events.add(f"{kind} {actor_id}", status.state.value, status.message or _GOOD_REASON)
 
 
 class _CallThread:
@@ -333,7 +439,14 @@ def _get_endpoints(records: Mapping[str, ActorRecord]) -> dict[tuple[str, int], 
     }
 
 
-def _describe_table(table: ExpertTable) -> str:
+def _describe_start(record: ActorRecord) -> str:
+    place = f"process {record.pid} on {record.node}"
+    if record.num_failed_starts == 0:
+        return place
+    return f"{place}, after {record.num_failed_starts} starts in a row that ended early"
+
+
+def _describe(table: ExpertTable) -> str:
     return " ".join(
         f"{group.name}={','.join(replica.replica_id for replica in group.replicas) or 'none'}" for group in table.groups
     )

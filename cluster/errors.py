@@ -6,6 +6,7 @@ ClusterError
 ├── StartError         the cluster did not become ready; what was started has been stopped again
 ├── BadRecord          bytes in the record store are no record of ours
 ├── StoreUnavailable   Ray's control service did not answer within its deadline
+├── ChangeRefused      what was asked of a running cluster is impossible or needs --force; nothing was changed
 ├── NotRunning         no running cluster is known for the URL
 └── RequestFailed      a running cluster answered a command with an error, or not in time
 
@@ -37,6 +38,10 @@ class BadRecord(ClusterError):
 
 class StoreUnavailable(ClusterError):
     """The record store did not answer in time: observe again later, keep what is known."""
+
+
+class ChangeRefused(ClusterError):
+    """A change of the desired state is impossible, or needs to be forced."""
 
 
 class NotRunning(ClusterError):

@@ -1,4 +1,4 @@
-"""Decides what to do: (spec, observation, memory) -> expert table, states, actions, memory. Pure.
+"""Decides what to do: (spec, desired state, observation, memory) -> expert table, states, actions, memory. Pure.
 
 The controller calls compute_plan in a loop and carries out the actions; it holds the only clock and hands its
 reading in. Nothing here knows Ray, gRPC or time.
@@ -9,6 +9,9 @@ The rules, in one place:
 - The first weight digest seen in a group is the group's for the life of the cluster: weights are never mixed.
 - The table's version rises only when its content changes, and above any version a router already holds.
 - An actor that Ray no longer knows is created again, later and later if it keeps failing.
+- A replica that is no member of its group leaves: it stays in the table until every member is connected to every
+  router, then goes from the table, is drained once all routers hold a table without it, and ends. Every step follows
+  from what is observed, so a restarted controller goes on in the middle.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.records import ReplicaRecord, RouterRecord, StartState, compute_start_delay_s
-from cluster.spec import ClusterSpec, GroupSpec
+from cluster.desired_state import DesiredState
+from cluster.node_placement import choose_node
+from cluster.records import ActorRecord, ReplicaRecord, RouterRecord, StartState, compute_start_delay_s
+from cluster.spec import ClusterSpec, GroupSpec, parse_replica_id
 from router.expert_table import EMPTY_TABLE, ExpertTable, GroupEntry, ReplicaEntry
 
 # `shoal serve` creates all actors while the controller starts; what is missing this long is really missing.
@@ -52,6 +57,8 @@ class RouterReport:
     draining: bool
     message: str
     table_version: int
+    # Replicas to which it has an open stream.
+    connected_ids: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,15 @@ class Observation:
     router_reports: Mapping[tuple[str, int], RouterReport]
     # Ids of the actors that Ray knows, restarting ones included; None: Ray did not answer.
     existing_ids: frozenset[str] | None
+    # Ray's ids of the nodes that live; empty: not asked yet.
+    node_ids: frozenset[str]
+    # Incarnations of replicas that have been told to drain and have no frames left, or no time.
+    drained: frozenset[tuple[str, int]]
+    # The whole cluster is being stopped.
     draining: bool
+
+    def get_record(self, actor_id: str) -> ActorRecord | None:
+        return self.replicas.get(actor_id) or self.routers.get(actor_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +90,8 @@ class Memory:
     table: ExpertTable = EMPTY_TABLE
     # Weight digest of each group, by group name.
     digests: Mapping[str, str] = field(default_factory=dict[str, str])
-    # Since when (now_s) an actor has been unknown to Ray, by id.
-    missing_since_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    # When (now_s) an actor that Ray does not know is to be created, by id.
+    create_at_s: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +104,34 @@ class ActorStatus:
 
 @dataclass(frozen=True, slots=True)
 class CreateReplica:
+    """node_id: where it should go; None where Ray chooses."""
+
     replica_id: str
+    node_id: str | None = None
+    reason: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class CreateRouter:
     router_id: str
+    reason: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReplica:
+    """No router sends frames to it any more: let it finish those it has."""
+
+    replica_id: str
+    incarnation: int
+    reason: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveReplica:
+    """End the actor for good and delete its record."""
+
+    replica_id: str
+    reason: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,49 +142,116 @@ class PushTable:
     incarnation: int
 
 
-Action = CreateReplica | CreateRouter | PushTable
+Action = CreateReplica | CreateRouter | DrainReplica | RemoveReplica | PushTable
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A change that is under way and what it waits for; for `shoal plan`."""
+
+    object: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """replicas: members of each group and those that leave it, in table order of the groups."""
+
+    # Version of the desired state that it is for.
+    desired_version: int
     table: ExpertTable
     replicas: Mapping[str, ActorStatus]
     routers: Mapping[str, ActorStatus]
+    leaving_ids: frozenset[str]
     actions: tuple[Action, ...]
+    waiting: tuple[Waiting, ...]
     memory: Memory
 
+    def is_settled(self, desired: DesiredState) -> bool:
+        """What there is is what is desired: nothing starts, leaves, is being pushed or has its turn later."""
+        return self.desired_version == desired.version and not (
+            self.waiting or self.actions or self.leaving_ids or desired.rollout
+        )
 
-def compute_plan(spec: ClusterSpec, observation: Observation, memory: Memory) -> Plan:
+
+def compute_plan(spec: ClusterSpec, desired: DesiredState, observation: Observation, memory: Memory) -> Plan:
+    members = {group.name: group.member_ids for group in desired.groups}
+    leaving = _find_leaving(spec, desired, observation)
     digests = _extend_digests(spec, observation, memory.digests)
-    replicas = {
-        replica_id: _judge_replica(group, observation.replicas.get(replica_id), observation, digests)
-        for replica_id, group in spec.replica_groups.items()
-    }
+    replicas: dict[str, ActorStatus] = {}
+    published: dict[str, list[str]] = {}
+    waiting: list[Waiting] = []
+    for group in spec.groups:
+        statuses = {
+            replica_id: _judge_replica(group, observation.replicas.get(replica_id), observation, digests)
+            for replica_id in (*members[group.name], *leaving[group.name])
+        }
+        published[group.name] = [id_ for id_, status in statuses.items() if status.state is ActorState.READY]
+        lacking = [
+            Waiting(f"replica {replica_id}", reason)
+            for replica_id in members[group.name]
+            if (reason := _explain_not_serving(replica_id, statuses[replica_id], observation)) is not None
+        ]
+        waiting.extend(lacking)
+        for replica_id in leaving[group.name]:
+            if statuses[replica_id].state is not ActorState.READY:
+                continue
+            if lacking:
+                statuses[replica_id] = ActorStatus(ActorState.DRAINING, f"leaves once {lacking[0].object} serves")
+                waiting.append(Waiting(f"replica {replica_id}", statuses[replica_id].message))
+            else:
+                statuses[replica_id] = ActorStatus(ActorState.DRAINING, "leaves: finishes its frames")
+                published[group.name].remove(replica_id)
+        replicas |= statuses
     routers = {router_id: _judge_router(router_id, observation) for router_id in spec.router_ids}
-    table = _build_table(spec, observation, replicas, memory.table)
-    creations, missing_since_s = _plan_creations(spec, observation, memory.missing_since_s)
+    table = _build_table(spec, observation, published, memory.table)
+    creations, create_at_s = _plan_creations(spec, desired, observation, memory.create_at_s)
+    leaving_ids = frozenset(replica_id for ids in leaving.values() for replica_id in ids)
+    published_ids = frozenset(replica_id for ids in published.values() for replica_id in ids)
+    departures, delays = _plan_departures(spec, observation, replicas, leaving_ids - published_ids, table)
     return Plan(
+        desired_version=desired.version,
         table=table,
         replicas=replicas,
         routers=routers,
-        actions=(*creations, *_plan_pushes(spec, observation, table)),
-        memory=Memory(table=table, digests=digests, missing_since_s=missing_since_s),
+        leaving_ids=leaving_ids,
+        # Pushes first: they do not need Ray.
+        actions=(*_plan_pushes(spec, observation, table), *creations, *departures),
+        waiting=(*waiting, *delays),
+        memory=Memory(table=table, digests=digests, create_at_s=create_at_s),
     )
 
 
 def is_ready(plan: Plan, spec: ClusterSpec) -> bool:
-    """Every router is ready (so every expert is reachable from it) and every replica of every group is up."""
+    """Every router is ready (so every expert is reachable from it) and every member of every group is up."""
     return all(plan.routers[router_id].state is ActorState.READY for router_id in spec.router_ids) and all(
-        status.state is ActorState.READY for status in plan.replicas.values()
+        status.state is ActorState.READY
+        for replica_id, status in plan.replicas.items()
+        if replica_id not in plan.leaving_ids
     )
+
+
+def _find_leaving(spec: ClusterSpec, desired: DesiredState, observation: Observation) -> dict[str, tuple[str, ...]]:
+    """Replicas that have an actor or a record and are no members, by group name."""
+    member_ids = {member_id for group in desired.groups for member_id in group.member_ids}
+    known_ids = (observation.replicas.keys() | (observation.existing_ids or frozenset())) - member_ids
+    leaving: dict[str, list[str]] = {group.name: [] for group in spec.groups}
+    for actor_id in sorted(known_ids - set(spec.router_ids)):
+        try:
+            group_name, _ = parse_replica_id(actor_id)
+        except ValueError:
+            continue
+        if group_name in leaving:
+            leaving[group_name].append(actor_id)
+    return {name: tuple(ids) for name, ids in leaving.items()}
 
 
 def _extend_digests(spec: ClusterSpec, observation: Observation, known: Mapping[str, str]) -> dict[str, str]:
     digests = dict(known)
-    for replica_id, group in spec.replica_groups.items():
-        record = observation.replicas.get(replica_id)
-        if record is not None and record.state is StartState.READY and record.hosted == group.hosted:
-            digests.setdefault(group.name, record.weight_digest)
+    for group in spec.groups:
+        for record in observation.replicas.values():
+            if record.group_name == group.name and record.state is StartState.READY and record.hosted == group.hosted:
+                digests.setdefault(group.name, record.weight_digest)
     return digests
 
 
@@ -194,18 +298,25 @@ def _judge_router(router_id: str, observation: Observation) -> ActorStatus:
     return ActorStatus(ActorState.READY if report.ready else ActorState.STARTING, report.message)
 
 
+def _explain_not_serving(replica_id: str, status: ActorStatus, observation: Observation) -> str | None:
+    """Why a member does not serve yet; None if it is ready and every router that serves has a stream to it."""
+    if status.state is not ActorState.READY:
+        return f"{status.state.value}: {status.message or 'no reason known'}"
+    for router_id, record in observation.routers.items():
+        report = observation.router_reports.get((router_id, record.incarnation))
+        if report is not None and report.reachable and report.ready and replica_id not in report.connected_ids:
+            return f"router {router_id} is not connected to it yet"
+    return None
+
+
 def _build_table(
-    spec: ClusterSpec, observation: Observation, replicas: Mapping[str, ActorStatus], previous: ExpertTable
+    spec: ClusterSpec, observation: Observation, published: Mapping[str, list[str]], previous: ExpertTable
 ) -> ExpertTable:
     groups = tuple(
         GroupEntry(
             name=group.name,
             hosted=group.hosted,
-            replicas=tuple(
-                _build_entry(observation.replicas[replica_id])
-                for replica_id in group.replica_ids
-                if replicas[replica_id].state is ActorState.READY
-            ),
+            replicas=tuple(_build_entry(observation.replicas[replica_id]) for replica_id in published[group.name]),
         )
         for group in spec.groups
     )
@@ -247,25 +358,84 @@ def _plan_pushes(spec: ClusterSpec, observation: Observation, table: ExpertTable
     return pushes
 
 
+def _plan_departures(
+    spec: ClusterSpec,
+    observation: Observation,
+    replicas: Mapping[str, ActorStatus],
+    unpublished_ids: frozenset[str],
+    table: ExpertTable,
+) -> tuple[list[Action], list[Waiting]]:
+    """What becomes of leaving replicas that are in the table no more."""
+    actions: list[Action] = []
+    delays: list[Waiting] = []
+    if observation.existing_ids is None or observation.draining:
+        return actions, delays
+    holder_id = _find_router_behind(spec, observation, table)
+    for replica_id in sorted(unpublished_ids):
+        record = observation.replicas.get(replica_id)
+        if replica_id not in observation.existing_ids or record is None:
+            actions.append(RemoveReplica(replica_id, "no longer wanted, and it has no process"))
+        elif replicas[replica_id].state is not ActorState.DRAINING:
+            actions.append(RemoveReplica(replica_id, "no longer wanted, and it never served or is gone"))
+        elif (replica_id, record.incarnation) in observation.drained:
+            actions.append(RemoveReplica(replica_id, "no longer wanted, and drained"))
+        elif holder_id is not None:
+            delays.append(Waiting(f"replica {replica_id}", f"router {holder_id} has not taken table {table.version}"))
+        else:
+            reason = f"no longer wanted, and every router has table {table.version} without it"
+            actions.append(DrainReplica(replica_id, record.incarnation, reason))
+    return actions, delays
+
+
+def _find_router_behind(spec: ClusterSpec, observation: Observation, table: ExpertTable) -> str | None:
+    """A router that may still use an older table. One that does not answer is no reason to wait: if it lives, it
+    finds the replica gone and takes another."""
+    for router_id in spec.router_ids:
+        record = observation.routers.get(router_id)
+        if record is None or record.state is StartState.FAILED or record.endpoint is None:
+            continue
+        report = observation.router_reports.get((router_id, record.incarnation))
+        if report is None or (report.reachable and report.table_version < table.version):
+            return router_id
+    return None
+
+
 def _plan_creations(
-    spec: ClusterSpec, observation: Observation, known: Mapping[str, float]
+    spec: ClusterSpec, desired: DesiredState, observation: Observation, known: Mapping[str, float]
 ) -> tuple[list[Action], dict[str, float]]:
     if observation.existing_ids is None or observation.draining:
         return [], dict(known)
     creations: list[Action] = []
-    missing_since_s: dict[str, float] = {}
-    for actor_id in (*spec.replica_groups, *spec.router_ids):
+    create_at_s: dict[str, float] = {}
+    # As long as nothing was changed, all actors are those that `shoal serve` is creating itself.
+    first_delay_s = MISSING_AFTER_S if desired.version == 1 else 0.0
+    member_ids = [member_id for group in desired.groups for member_id in group.member_ids]
+    occupied = {
+        member_id: record.node_id
+        for member_id in member_ids
+        if (record := observation.replicas.get(member_id)) is not None and record.node_id
+    }
+    for actor_id in (*member_ids, *spec.router_ids):
         if actor_id in observation.existing_ids:
             continue
-        since_s = known.get(actor_id, observation.now_s)
-        missing_since_s[actor_id] = since_s
-        is_router = actor_id in spec.router_ids
-        record = observation.routers.get(actor_id) if is_router else observation.replicas.get(actor_id)
-        delay_s = MISSING_AFTER_S
+        record = observation.get_record(actor_id)
+        backoff_s = 0.0
         if record is not None and record.state is StartState.FAILED:
-            delay_s = max(delay_s, compute_start_delay_s(record.num_failed_starts + 1))
-        if observation.now_s - since_s >= delay_s:
-            creations.append(CreateRouter(actor_id) if is_router else CreateReplica(actor_id))
-            # Counted anew, so that one creation is given time to show up.
-            missing_since_s[actor_id] = observation.now_s
-    return creations, missing_since_s
+            backoff_s = compute_start_delay_s(record.num_failed_starts + 1)
+        delay_s = max(first_delay_s if record is None else MISSING_AFTER_S, backoff_s)
+        at_s = known.get(actor_id, observation.now_s + delay_s)
+        if observation.now_s >= at_s:
+            reason = "it should exist and Ray does not know it"
+            if record is not None and record.state is StartState.FAILED:
+                reason = f"failed start number {record.num_failed_starts + 1}, tried again after {backoff_s:.1f} s"
+            if actor_id in spec.router_ids:
+                creations.append(CreateRouter(actor_id, reason))
+            else:
+                node_id = choose_node(actor_id, observation.node_ids, occupied)
+                creations.append(CreateReplica(actor_id, node_id, reason))
+                if node_id is not None:
+                    occupied[actor_id] = node_id
+            # One creation is given time to show up.
+            at_s = observation.now_s + max(MISSING_AFTER_S, backoff_s)
+        create_at_s[actor_id] = at_s
+    return creations, create_at_s

@@ -8,6 +8,7 @@ be a busy machine and needs longer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -109,16 +110,20 @@ class _Probe(ABC):
     def __init__(self, target: Target, endpoint: str) -> None:
         self.target = target
         self._channel = grpc.aio.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
+        # Set: do not wait until the next check.
+        self._wake = asyncio.Event()
         self._tasks = {asyncio.get_running_loop().create_task(self._run(), name=f"probe {target[0]}")}
 
     async def _run(self) -> None:
         while True:
+            self._wake.clear()
             try:
                 interval_s = await self._check()
             except Exception:
                 logger.exception("probe failed actor_id=%s", self.target[0])
                 interval_s = INTERVAL_S
-            await asyncio.sleep(interval_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), interval_s)
 
     @abstractmethod
     async def _check(self) -> float:
@@ -168,6 +173,8 @@ class _RouterProbe(_Probe):
         self._num_refused = 0
         self._num_silent = 0
         self._push: asyncio.Task[None] | None = None
+        # Replicas of the table it took last: until it is connected to them, it is asked often.
+        self._wanted_ids: frozenset[str] = frozenset()
         self._stub = router_pb2_grpc.RouterServiceStub(self._channel)
 
     async def _check(self) -> float:
@@ -188,8 +195,9 @@ class _RouterProbe(_Probe):
         message = status.message
         if not status.ready and not status.draining and status.load_progress < 1:
             message = message or f"loading weights, {status.load_progress:.0%}"
-        self.report = RouterReport(True, status.ready, status.draining, message, status.table_version)
-        return INTERVAL_S if status.ready else SHORT_INTERVAL_S
+        connected_ids = frozenset(status.connected_replica_ids)
+        self.report = RouterReport(True, status.ready, status.draining, message, status.table_version, connected_ids)
+        return INTERVAL_S if status.ready and self._wanted_ids <= connected_ids else SHORT_INTERVAL_S
 
     def push(self, table: ExpertTable) -> None:
         if self._push is None or self._push.done():
@@ -214,6 +222,8 @@ class _RouterProbe(_Probe):
         logger.info("pushed router_id=%s version=%d", self.target[0], response.version)
         known = self.report or RouterReport(True, False, False, "connecting to expert groups", 0)
         self.report = replace(known, table_version=response.version)
+        self._wanted_ids = frozenset(replica.replica_id for group in table.groups for replica in group.replicas)
+        self._wake.set()
 
     async def drain(self, timeout_s: float) -> int:
         request = router_pb2.DrainRequest(timeout_ms=int(timeout_s * 1000))

@@ -29,7 +29,8 @@ class Publisher(Generic[RecordT]):
     """Owns the record. Called from one thread at a time."""
 
     def __init__(self, store: RecordStore, key: bytes, record_type: type[RecordT], **fields: Any) -> None:
-        """Publishes `starting`. fields: those of record_type that ActorRecord does not have, and actor_id and node."""
+        """Publishes `starting`. fields: those of record_type that ActorRecord does not have, and actor_id, node and
+        node_id."""
         self._store = store
         self._key = key
         previous = _read_previous(store, key, record_type)

@@ -88,13 +88,16 @@ class RayBackend:
         _quiet_ray()
 
     def check_network(self) -> bool:
-        """Whether all is on this node. Raises StartError if it is not and the network is not allowed to be used."""
+        """Whether processes may listen on loopback only. Nodes may join later, so an allowed network is used at once.
+
+        Raises StartError if there are several nodes and the network between them is not allowed to be used.
+        """
         import ray
 
         addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        if len(addresses) <= 1:
-            return True
-        if not self._settings.insecure_cluster_network:
+        if self._settings.insecure_cluster_network and not self.own_ray:
+            return False
+        if len(addresses) > 1:
             raise StartError(
                 f"this Ray cluster has {len(addresses)} nodes, and traffic between them would be unencrypted: allow it "
                 "with --insecure-cluster-network if the network is yours alone"
@@ -104,6 +107,7 @@ class RayBackend:
     def create_actors(self, spec: ClusterSpec, token_hash: str) -> None:
         """Create controller, replicas and routers without waiting for any. Raises StartError if a cluster is there."""
         from cluster.actor_factory import ActorFactory
+        from cluster.node_placement import choose_node
         from cluster.record_store import RayRecordStore
         from cluster.records import SPEC_KEY
 
@@ -118,8 +122,13 @@ class RayBackend:
             # Routers take longest to start.
             for router_id in spec.router_ids:
                 factory.create_router(router_id)
+            node_ids = factory.list_nodes()
+            occupied: dict[str, str] = {}
             for replica_id in spec.replica_groups:
-                factory.create_replica(replica_id)
+                node_id = choose_node(replica_id, node_ids, occupied)
+                factory.create_replica(replica_id, node_id)
+                if node_id is not None:
+                    occupied[replica_id] = node_id
             controller = factory.create_controller(
                 self._settings.admin_host, self._settings.resolved_admin_port, token_hash
             )
@@ -232,8 +241,9 @@ class RayBackend:
 
         if self._spec is None:
             return
-        # The controller first: it would make the others again.
-        for name in (CONTROLLER_NAME, *self._spec.router_ids, *self._spec.replica_groups):
+        # The controller first: it would make the others again. What it made meanwhile is in no spec.
+        self._factory.kill(CONTROLLER_NAME)
+        for name in sorted(self._factory.list_existing()):
             self._factory.kill(name)
         with contextlib.suppress(ClusterError):
             RayRecordStore().delete_all()

@@ -24,6 +24,8 @@ class RecordStore(Protocol):
 
     def put(self, key: bytes, value: bytes) -> None: ...
 
+    def delete(self, key: bytes) -> None: ...
+
     def delete_all(self) -> None: ...
 
 
@@ -42,6 +44,9 @@ class RayRecordStore:
 
     def put(self, key: bytes, value: bytes) -> None:
         self._call("internal_kv_put", key, value, True, RECORD_NAMESPACE)
+
+    def delete(self, key: bytes) -> None:
+        self._call("internal_kv_del", key, False, RECORD_NAMESPACE)
 
     def delete_all(self) -> None:
         self._call("internal_kv_del", b"", True, RECORD_NAMESPACE)

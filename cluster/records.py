@@ -2,7 +2,9 @@
 
 Layout, all in the namespace RECORD_NAMESPACE:
     spec                the ClusterSpec, written by `shoal serve`
+    desired             the DesiredState, written by the controller before it acts on it
     table               the expert table in force, written by the controller before it is pushed
+    events              the event log, written by the controller
     controller          ControllerRecord
     replica/<id>        ReplicaRecord, written by each expert replica at every start and change of state
     router/<id>         RouterRecord, likewise
@@ -23,7 +25,9 @@ from experts.expert_range import ExpertRange
 
 RECORD_NAMESPACE = b"shoal"
 SPEC_KEY = b"spec"
+DESIRED_KEY = b"desired"
 TABLE_KEY = b"table"
+EVENTS_KEY = b"events"
 CONTROLLER_KEY = b"controller"
 REPLICA_PREFIX = b"replica/"
 ROUTER_PREFIX = b"router/"
@@ -50,7 +54,9 @@ class ActorRecord:
     # Greater for every start of the same actor.
     incarnation: int
     pid: int
+    # Name for people, and Ray's id of the node ("" outside of Ray), which tells two nodes on one machine apart.
     node: str
+    node_id: str
     endpoint: str | None
     # Why it failed, or what it is doing; one line.
     message: str

@@ -1,7 +1,8 @@
-"""What a cluster should be: the expert groups, their replicas and the routers. Plain data, written once by
+"""What a cluster begins as: the expert groups, their replicas and the routers. Plain data, written once by
 `shoal serve` and read back by a restarted controller.
 
-It says nothing of what is: that is cluster/records.py, and cluster/planner.py compares the two.
+How many replicas there should be later is cluster/desired_state.py, what there is cluster/records.py, and
+cluster/planner.py compares the two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from experts.model_config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """One expert group: the rectangles of (layer, expert) pairs it hosts, and how many replicas serve them."""
+    """One expert group: the rectangles of (layer, expert) pairs it hosts, and how many replicas it begins with."""
 
     name: str
     hosted: tuple[ExpertRange, ...]
@@ -59,11 +60,27 @@ class ClusterSpec:
 
     @property
     def replica_groups(self) -> dict[str, GroupSpec]:
-        """Group of every replica id, in table order."""
+        """Group of every replica id that the cluster begins with, in table order."""
         return {replica_id: group for group in self.groups for replica_id in group.replica_ids}
+
+    def get_group_of(self, replica_id: str) -> GroupSpec:
+        """Raises ValueError if the id is none of this cluster's."""
+        name, _ = parse_replica_id(replica_id)
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise ValueError(f"replica id {replica_id!r} names no group of this cluster")
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
+
+
+def parse_replica_id(replica_id: str) -> tuple[str, int]:
+    """Group name and number within the group. Raises ValueError if it is no replica id."""
+    name, _, index = replica_id.rpartition("-")
+    if not name or not index.isascii() or not index.isdigit():
+        raise ValueError(f"{replica_id!r} is no replica id: those look like g0-1")
+    return name, int(index)
 
 
 def build_groups(config: ModelConfig, num_groups: int, num_replicas: int) -> tuple[GroupSpec, ...]:

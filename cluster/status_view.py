@@ -1,17 +1,33 @@
-"""The object of `shoal status --json`, and its picture for people. Pure."""
+"""The objects of `shoal status --json` and `shoal plan --json`, and their pictures for people. Pure."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.planner import ActorState, Observation, Plan, is_ready
+from cluster.desired_state import DesiredState
+from cluster.planner import (
+    ActorState,
+    CreateReplica,
+    CreateRouter,
+    DrainReplica,
+    Observation,
+    Plan,
+    PushTable,
+    RemoveReplica,
+    is_ready,
+)
 from cluster.records import ActorRecord, StartState
-from cluster.spec import ClusterSpec, GroupSpec
+from cluster.spec import ClusterSpec, GroupSpec, parse_replica_id
 
 
 def build_status(
-    spec: ClusterSpec, observation: Observation, plan: Plan, details: Mapping[str, Mapping[str, Any]]
+    spec: ClusterSpec,
+    desired: DesiredState,
+    observation: Observation,
+    plan: Plan,
+    details: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The status object. details: figures of each router by id, as its own Status gave them."""
     return {
@@ -22,6 +38,9 @@ def build_status(
         # False: Ray's control service does not answer; nothing is restarted or scaled, tokens still flow.
         "control_plane": observation.existing_ids is not None,
         "table_version": plan.table.version,
+        "desired_version": desired.version,
+        # Nothing starts, leaves or waits: what there is is what is desired.
+        "settled": plan.is_settled(desired),
         "routers": [
             {
                 "id": router_id,
@@ -32,13 +51,14 @@ def build_status(
             }
             for router_id in spec.router_ids
         ],
-        "groups": [_describe_group(spec_group, observation, plan) for spec_group in spec.groups],
+        "groups": [_describe_group(spec_group, desired, observation, plan) for spec_group in spec.groups],
     }
 
 
-def _describe_group(group: GroupSpec, observation: Observation, plan: Plan) -> dict[str, Any]:
+def _describe_group(group: GroupSpec, desired: DesiredState, observation: Observation, plan: Plan) -> dict[str, Any]:
     return {
         "name": group.name,
+        "desired_replicas": len(desired.get_group(group.name).member_ids),
         "experts": [[block.expert_start, block.expert_end] for block in group.hosted],
         "layers": [[block.layer_start, block.layer_end] for block in group.hosted],
         "replicas": [
@@ -51,7 +71,8 @@ def _describe_group(group: GroupSpec, observation: Observation, plan: Plan) -> d
                 if (record := observation.replicas.get(replica_id)) is not None
                 else None,
             }
-            for replica_id in group.replica_ids
+            for replica_id in plan.replicas
+            if parse_replica_id(replica_id)[0] == group.name
         ],
     }
 
@@ -72,6 +93,50 @@ def _describe_process(record: ActorRecord | None) -> dict[str, Any]:
     }
 
 
+def build_plan_view(desired: DesiredState, observation: Observation, plan: Plan) -> dict[str, Any]:
+    """What the controller does now and what it waits for.
+
+    action of a step is one of push, create, drain, remove, wait, replace.
+    """
+    steps: list[dict[str, str]] = []
+    for action in plan.actions:
+        match action:
+            case PushTable(router_id):
+                steps.append(_make_step(f"router {router_id}", "push", f"it lacks table {plan.table.version}"))
+            case CreateRouter(router_id):
+                steps.append(_make_step(f"router {router_id}", "create", action.reason))
+            case CreateReplica(replica_id):
+                steps.append(_make_step(f"replica {replica_id}", "create", action.reason))
+            case DrainReplica(replica_id):
+                steps.append(_make_step(f"replica {replica_id}", "drain", action.reason))
+            case RemoveReplica(replica_id):
+                steps.append(_make_step(f"replica {replica_id}", "remove", action.reason))
+    steps.extend(_make_step(item.object, "wait", item.reason) for item in plan.waiting)
+    steps.extend(_make_step(f"replica {replica_id}", "replace", "its turn comes") for replica_id in desired.rollout)
+    return {
+        "desired_version": desired.version,
+        "table_version": plan.table.version,
+        "control_plane": observation.existing_ids is not None,
+        "settled": plan.is_settled(desired),
+        "groups": [{"name": group.name, "members": list(group.member_ids)} for group in desired.groups],
+        "steps": steps,
+    }
+
+
+def render_plan(view: Mapping[str, Any]) -> str:
+    """One line per step."""
+    if not view["steps"]:
+        return f"nothing to do: the cluster is as desired (version {view['desired_version']})"
+    lines = [] if view["control_plane"] else ["Ray's control service does not answer: all of this waits for it"]
+    lines.extend(f"{step['action']:8} {step['object']}: {step['reason']}" for step in view["steps"])
+    return "\n".join(lines)
+
+
+def render_event(event: Mapping[str, Any]) -> str:
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+    return f"{moment}  {event['object']}: {event['action']} ({event['reason']})"
+
+
 def render_status(status: Mapping[str, Any]) -> str:
     """A table for a terminal."""
     state = "draining" if status["draining"] else "ready" if status["ready"] else "not ready"
@@ -89,6 +154,10 @@ def render_status(status: Mapping[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines.extend("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+def _make_step(object_name: str, action: str, reason: str) -> dict[str, str]:
+    return {"object": object_name, "action": action, "reason": reason}
 
 
 def _render_process(item: Mapping[str, Any]) -> tuple[str, str, str, str]:

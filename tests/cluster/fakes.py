@@ -1,6 +1,6 @@
 """Fakes with the interfaces of cluster's seams, and records to feed them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ def make_replica(replica_id: str, incarnation: int = 1, **changes: Any) -> Repli
         incarnation=incarnation,
         pid=1000 + incarnation,
         node="here",
+        node_id="node a",
         endpoint=f"127.0.0.1:{4000 + incarnation}",
         message="",
         num_failed_starts=0,
@@ -60,6 +61,7 @@ def make_router(router_id: str = "r0", incarnation: int = 1, **changes: Any) -> 
         incarnation=incarnation,
         pid=2000 + incarnation,
         node="here",
+        node_id="node a",
         endpoint=f"127.0.0.1:{5000 + incarnation}",
         message="",
         num_failed_starts=0,
@@ -70,9 +72,9 @@ def make_router(router_id: str = "r0", incarnation: int = 1, **changes: Any) -> 
     return replace(record, **changes)
 
 
-def make_report(table_version: int, **changes: Any) -> RouterReport:
+def make_report(table_version: int, connected_ids: Collection[str] = ("g0-0", "g1-0"), **changes: Any) -> RouterReport:
     """A router that is ready with this table."""
-    return replace(RouterReport(True, True, False, "", table_version), **changes)
+    return replace(RouterReport(True, True, False, "", table_version, frozenset(connected_ids)), **changes)
 
 
 class MemoryStore:
@@ -94,6 +96,10 @@ class MemoryStore:
         self._check()
         self.values[key] = value
 
+    def delete(self, key: bytes) -> None:
+        self._check()
+        self.values.pop(key, None)
+
     def delete_all(self) -> None:
         self._check()
         self.values.clear()
@@ -109,15 +115,22 @@ class MemoryStore:
 
 
 class FakeFactory:
-    """Remembers what it was asked to create."""
+    """Remembers what it was asked for. A replica that is created publishes that it is ready, if there is a store."""
 
-    def __init__(self, existing: set[str]) -> None:
+    def __init__(self, existing: set[str], store: MemoryStore | None = None) -> None:
         self.existing = existing
         self.created: list[str] = []
+        self.drained: list[str] = []
+        self.killed: list[str] = []
+        self._store = store
+        self._last_incarnation = 100
 
-    def create_replica(self, replica_id: str) -> None:
+    def create_replica(self, replica_id: str, node_id: str | None) -> None:
         self.created.append(replica_id)
         self.existing.add(replica_id)
+        if self._store is not None:
+            self._last_incarnation += 1
+            self._store.publish(make_replica(replica_id, self._last_incarnation))
 
     def create_router(self, router_id: str) -> None:
         self.created.append(router_id)
@@ -126,9 +139,19 @@ class FakeFactory:
     def list_existing(self) -> frozenset[str]:
         return frozenset(self.existing)
 
+    def list_nodes(self) -> frozenset[str]:
+        return frozenset({"node a"})
+
+    def drain_replica(self, replica_id: str, grace_s: float) -> None:
+        self.drained.append(replica_id)
+
+    def kill(self, name: str) -> None:
+        self.killed.append(name)
+        self.existing.discard(name)
+
 
 class FakeProber:
-    """Health and reports are set by the test; a pushed table is held by the router at once."""
+    """Health and reports are set by the test; a router holds a pushed table, and is connected to all in it, at once."""
 
     def __init__(self) -> None:
         self.replica_health: dict[tuple[str, int], Health] = {}
@@ -145,7 +168,8 @@ class FakeProber:
 
     def push_table(self, target: tuple[str, int], table: ExpertTable) -> None:
         self.pushed.append((target, table.version))
-        self.router_reports[target] = make_report(table.version)
+        connected_ids = [replica.replica_id for group in table.groups for replica in group.replicas]
+        self.router_reports[target] = make_report(table.version, connected_ids)
 
     async def drain_routers(self, timeout_s: float) -> int:
         self.drained_s.append(timeout_s)

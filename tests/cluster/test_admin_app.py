@@ -1,9 +1,11 @@
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 import pytest
 
 from cluster.admin_app import MAX_BODY_BYTES, create_admin_app, hash_token
+from cluster.errors import ChangeRefused, StoreUnavailable
 
 TOKEN = "correct horse"
 
@@ -11,12 +13,35 @@ TOKEN = "correct horse"
 class FakeController:
     def __init__(self) -> None:
         self.drained_s: list[float] = []
+        self.changes: list[Any] = []
         self.broken = False
 
     def get_status(self) -> dict[str, Any]:
         if self.broken:
             raise RuntimeError("secret detail")
         return {"ready": True}
+
+    def get_plan_view(self) -> dict[str, Any]:
+        return {"steps": []}
+
+    def get_events(self, after: int) -> list[dict[str, Any]]:
+        return [{"sequence": after + 1}]
+
+    async def scale(self, counts: Mapping[str, int], force: bool) -> int:
+        if counts.get("g0") == 0 and not force:
+            raise ChangeRefused("needs --force")
+        self.changes.append(counts)
+        return 7
+
+    async def replace_replica(self, replica_id: str) -> int:
+        if self.broken:
+            raise StoreUnavailable("down")
+        self.changes.append(replica_id)
+        return 8
+
+    async def restart_groups(self, names: Sequence[str]) -> int:
+        self.changes.append(names)
+        return 9
 
     async def drain(self, timeout_s: float) -> int:
         self.drained_s.append(timeout_s)
@@ -80,3 +105,39 @@ async def test_unknown_routes_and_bugs_answer_in_the_error_shape(client: httpx.A
     response = await client.get("/status")
     check_error(response, 500)
     assert "secret detail" not in response.text
+
+
+async def test_changes_answer_with_the_version_that_has_them(client: httpx.AsyncClient, controller: FakeController):
+    assert (await client.post("/scale", json={"groups": {"g0": 2}})).json() == {"desired_version": 7}
+    assert (await client.post("/replicas/drain", json={"replica": "g0-1"})).json() == {"desired_version": 8}
+    assert (await client.post("/restart", json={"groups": ["g1"]})).json() == {"desired_version": 9}
+    assert (await client.post("/restart")).json() == {"desired_version": 9}
+    assert controller.changes == [{"g0": 2}, "g0-1", ["g1"], []]
+
+
+async def test_plan_and_events_can_be_read(client: httpx.AsyncClient):
+    assert (await client.get("/plan")).json() == {"steps": []}
+    assert (await client.get("/events?after=41")).json() == {"events": [{"sequence": 42}]}
+    for after in ("-1", "x", "9" * 30, "%C2%B2"):
+        check_error(await client.get(f"/events?after={after}"), 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/scale", {}), ("/scale", {"groups": []}), ("/scale", {"groups": {"g0": "2"}}),
+        ("/scale", {"groups": {"g0": True}}), ("/scale", {"groups": {"g0": 1.5}}), ("/scale", {"groups": {"g0": 0}}),
+        ("/scale", {"groups": {"g0": 1}, "force": "yes"}), ("/replicas/drain", {}), ("/replicas/drain", {"replica": 3}),
+        ("/replicas/drain", {"replica": "x" * 1000}), ("/restart", {"groups": "g0"}), ("/restart", {"groups": [1]}),
+    ],
+)  # fmt: skip
+async def test_bad_changes_are_refused(
+    client: httpx.AsyncClient, controller: FakeController, path: str, body: dict[str, Any]
+):
+    check_error(await client.post(path, json=body), 400)
+    assert controller.changes == []
+
+
+async def test_a_store_that_is_away_is_503(client: httpx.AsyncClient, controller: FakeController):
+    controller.broken = True
+    check_error(await client.post("/replicas/drain", json={"replica": "g0-1"}), 503)

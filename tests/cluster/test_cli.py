@@ -60,6 +60,10 @@ def test_switches_go_both_ways():
         (["serve", "--groups", "none"], "groups from the command line"),
         (["serv"], "invalid choice"),
         ([], "required"),
+        (["scale", "--url", "http://127.0.0.1:1", "g0"], "'g0' is not GROUP=N"),
+        (["scale", "--url", "http://127.0.0.1:1", "g0=-1"], "is not GROUP=N"),
+        (["scale", "--url", "http://127.0.0.1:1", "g0=1", "g0=2"], "given twice"),
+        (["drain"], "required"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
@@ -75,8 +79,11 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
-def test_status_without_a_cluster_says_so(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["status", "--url", "http://127.0.0.1:1"]) == 1
+@pytest.mark.parametrize(
+    "command", [["status"], ["scale", "g0=2"], ["drain", "g0-0"], ["restart"], ["plan"], ["events"]]
+)
+def test_commands_without_a_cluster_say_so(command: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*command, "--url", "http://127.0.0.1:1"]) == 1
     assert "no running cluster is known for http://127.0.0.1:1" in capsys.readouterr().err
 
 
@@ -158,7 +165,9 @@ def test_doctor_is_content_here(checkpoint: Path, capsys: pytest.CaptureFixture[
     assert "ready to serve" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["cluster.cli", "cluster.serve_command", "cluster.controller", "router.api.app"])
+@pytest.mark.parametrize(
+    "module", ["cluster.cli", "cluster.serve_command", "cluster.controller_actor", "router.api.app"]
+)
 def test_processes_without_tensors_do_not_load_torch(module: str):
     script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

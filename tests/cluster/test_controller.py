@@ -5,6 +5,8 @@ import pytest
 
 from cluster import controller as controller_module
 from cluster.controller import ControllerLoop
+from cluster.desired_state import desired_from_json
+from cluster.errors import ChangeRefused, StoreUnavailable
 from cluster.planner import Health
 from cluster.records import StartState
 from cluster.stored_table import memory_from_json
@@ -26,13 +28,13 @@ class Setting:
     def __init__(self) -> None:
         self.store = MemoryStore()
         self.store.publish(make_replica("g0-0", 1), make_replica("g1-0", 2), make_router("r0", 1))
-        self.factory = FakeFactory({"g0-0", "g1-0", "r0"})
+        self.factory = FakeFactory({"g0-0", "g1-0", "r0"}, self.store)
         self.prober = FakeProber()
         self.clock = FakeClock()
         self.loop = self.make_loop()
 
     def make_loop(self) -> ControllerLoop:
-        return ControllerLoop(make_spec(), self.store, self.factory, self.prober, self.clock)
+        return ControllerLoop(make_spec(), self.store, self.factory, self.prober, self.clock, lambda: 1000.0)
 
 
 async def test_table_is_stored_before_it_is_pushed_and_pushed_once():
@@ -185,3 +187,104 @@ async def test_status_has_the_promised_shape():
     replica = status["groups"][1]["replicas"][0]
     assert {"id", "pid", "node", "endpoint", "state"} <= replica.keys()
     assert (replica["id"], replica["state"], replica["endpoint"]) == ("g1-0", "starting", None)
+
+
+async def test_scaling_up_and_down_is_stored_and_carried_out():
+    setting = Setting()
+    await setting.loop.step()
+    version = await setting.loop.scale({"g0": 2}, force=False)
+    assert desired_from_json(setting.store.values[b"desired"]).get_group("g0").member_ids == ("g0-0", "g0-1")
+    await run_until_settled(setting)
+    assert setting.factory.created == ["g0-1"]
+    assert setting.loop.get_status()["desired_version"] == version
+    await setting.loop.scale({"g0": 1}, force=False)
+    await run_until_settled(setting)
+    assert (setting.factory.drained, setting.factory.killed) == (["g0-1"], ["g0-1"])
+    assert b"replica/g0-1" not in setting.store.values
+    assert [replica["id"] for replica in setting.loop.get_status()["groups"][0]["replicas"]] == ["g0-0"]
+
+
+async def test_a_drained_replica_is_replaced_before_it_leaves():
+    setting = Setting()
+    await setting.loop.step()
+    await setting.loop.replace_replica("g0-0")
+    await run_until_settled(setting)
+    actions = [(event["object"], event["action"]) for event in setting.loop.get_events(0)]
+    create, leave = actions.index(("replica g0-1", "ready")), actions.index(("replica g0-0", "drain"))
+    assert create < leave < actions.index(("replica g0-0", "remove"))
+
+
+async def test_a_rolling_restart_replaces_one_replica_after_another():
+    setting = Setting()
+    await setting.loop.step()
+    await setting.loop.restart_groups([])
+    await run_until_settled(setting)
+    assert setting.factory.created == ["g0-1", "g1-1"]
+    assert setting.factory.killed == ["g0-0", "g1-0"]
+    sequence = [event["object"] for event in setting.loop.get_events(0) if event["action"] in ("create", "remove")]
+    assert sequence == ["replica g0-1", "replica g0-0", "replica g1-1", "replica g1-0"]
+
+
+async def test_a_controller_that_is_restarted_in_the_middle_of_a_change_finishes_it():
+    setting = Setting()
+    await setting.loop.step()
+    await setting.loop.scale({"g0": 3}, force=False)
+    await setting.loop.restart_groups(["g1"])
+    # Stopped after each number of turns in turn, so that it ends somewhere else every time.
+    for num_turns in range(1, 6):
+        setting.loop = setting.make_loop()
+        for _ in range(num_turns):
+            setting.clock.now_s += 2.0
+            await setting.loop.step()
+    await run_until_settled(setting)
+    status = setting.loop.get_status()
+    assert [len(group["replicas"]) for group in status["groups"]] == [3, 1]
+    assert status["groups"][1]["replicas"][0]["id"] == "g1-1"
+    events = setting.loop.get_events(0)
+    assert [event["sequence"] for event in events] == list(range(1, len(events) + 1))
+    assert ("controller", "start") in [(event["object"], event["action"]) for event in events]
+
+
+async def test_nothing_is_changed_while_the_store_is_down():
+    setting = Setting()
+    await setting.loop.step()
+    setting.store.down = True
+    await setting.loop.step()
+    with pytest.raises(StoreUnavailable):
+        await setting.loop.scale({"g0": 2}, force=False)
+    setting.store.down = False
+    setting.clock.now_s = 5.0
+    await setting.loop.step()
+    assert setting.factory.created == []
+    actions = [(event["object"], event["action"]) for event in setting.loop.get_events(0)]
+    assert actions.index(("control plane", "pause")) < actions.index(("control plane", "resume"))
+
+
+async def test_a_cluster_that_stops_is_not_changed():
+    setting = Setting()
+    await setting.loop.step()
+    await setting.loop.drain(0.0)
+    with pytest.raises(ChangeRefused):
+        await setting.loop.scale({"g0": 2}, force=False)
+
+
+async def test_every_restart_of_a_crash_loop_is_an_event_with_its_number():
+    setting = Setting()
+    await setting.loop.step()
+    setting.store.publish(make_replica("g0-0", 9, num_failed_starts=3))
+    await setting.loop.step()
+    events = [event for event in setting.loop.get_events(0) if event["object"] == "replica g0-0"]
+    assert events[-1]["action"] == "start"
+    assert "after 3 starts in a row that ended early" in events[-1]["reason"]
+
+
+async def run_until_settled(setting: Setting) -> None:
+    """The clock runs fast enough for every turn to ask Ray again."""
+    for _ in range(60):
+        setting.clock.now_s += 2.0
+        await setting.loop.step()
+        # Lets a drain, which is in a thread, end.
+        await asyncio.sleep(0.001)
+        if setting.loop.get_status()["settled"]:
+            return
+    raise AssertionError(setting.loop.get_plan_view())

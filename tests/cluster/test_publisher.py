@@ -9,7 +9,7 @@ KEY = router_key("r0")
 
 
 def make_publisher(store: MemoryStore) -> Publisher[RouterRecord]:
-    return Publisher(store, KEY, RouterRecord, actor_id="r0", node="here")
+    return Publisher(store, KEY, RouterRecord, actor_id="r0", node="here", node_id="node a")
 
 
 def read(store: MemoryStore) -> RouterRecord:

@@ -1,0 +1,41 @@
+"""Streams that run one after another in threads while a scenario happens, and what became of them."""
+
+from __future__ import annotations
+
+import threading
+
+from tests.ray.serve_process import stream_chat, wait_for
+
+JOIN_S = 60.0
+
+
+class StreamLoad:
+    """A context manager: streams run inside it; leaving it waits for the last ones."""
+
+    def __init__(self, url: str, num_streams: int, max_tokens: int) -> None:
+        self.texts: list[str] = []
+        self.failures: list[str] = []
+        self._url = url
+        self._max_tokens = max_tokens
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_streams)]
+
+    def __enter__(self) -> StreamLoad:
+        for thread in self._threads:
+            thread.start()
+        # What happens inside happens under load.
+        wait_for(lambda: bool(self.texts or self.failures), JOIN_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(JOIN_S)
+            assert not thread.is_alive(), "a stream did not end"
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.texts.append("".join(stream_chat(self._url, self._max_tokens)))
+            except Exception as error:
+                self.failures.append(repr(error))
