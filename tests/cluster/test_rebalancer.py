@@ -1,0 +1,154 @@
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from cluster.rebalancer import GroupCapacity, Rebalancing, compute_balance, rebalance
+
+NUM_LAYERS, NUM_EXPERTS, N_GROUP = 12, 256, 8
+
+
+def make_groups(num_groups: int, speeds: list[float] | None = None, max_copies: int = 10**6) -> list[GroupCapacity]:
+    speeds = speeds or [1.0] * num_groups
+    return [GroupCapacity(f"g{index}", speed, max_copies) for index, speed in enumerate(speeds)]
+
+
+def make_contiguous(num_groups: int, num_layers: int = NUM_LAYERS, num_experts: int = NUM_EXPERTS):
+    """As `shoal serve` begins: every group hosts the same run of experts in all layers."""
+    placement = np.zeros((num_groups, num_layers, num_experts), dtype=bool)
+    for group in range(num_groups):
+        start, end = (num_experts * index // num_groups for index in (group, group + 1))
+        placement[group, :, start:end] = True
+    return placement
+
+
+def make_skewed(seed: int, num_layers: int = NUM_LAYERS, num_experts: int = NUM_EXPERTS) -> npt.NDArray[np.int64]:
+    """One tenth of the experts, others in every layer, take half of the load."""
+    random = np.random.default_rng(seed)
+    load = random.gamma(2.0, 1.0, (num_layers, num_experts))
+    for row in load:
+        hot = random.choice(num_experts, num_experts // 10, replace=False)
+        row[hot] *= (row.sum() - row[hot].sum()) / row[hot].sum()
+    return (1000 * load).astype(np.int64)
+
+
+def run(
+    load: npt.NDArray[np.int64], groups: list[GroupCapacity], placement: npt.NDArray[np.bool_], extra: float = 0.12
+) -> Rebalancing:
+    result = rebalance(load, groups, placement, n_group=N_GROUP, extra_share=extra)
+    assert result.placement.any(axis=0).all(), "an expert is hosted nowhere"
+    assert (result.placement.sum(axis=(1, 2)) <= [group.max_copies for group in groups]).all()
+    assert result.after.copies <= max(result.before.copies, int((1 + extra) * load.size))
+    assert result.loaded == (result.placement & ~placement).sum()
+    return result
+
+
+@pytest.mark.parametrize("num_groups", [4, 8, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_skewed_load_is_evened_out_within_twelve_per_cent_of_memory(num_groups: int, seed: int):
+    placement = make_contiguous(num_groups)
+    per_group = int(1.12 * placement[0].sum())
+    result = run(make_skewed(seed), make_groups(num_groups, max_copies=per_group), placement)
+    assert result.before.imbalance > 1.15
+    assert result.after.imbalance <= 1.15
+    assert result.after.max_over_mean <= 1.15
+
+
+def test_all_the_load_skewed_to_one_group_is_evened_out_too():
+    """The hot experts of every layer are neighbours: the worst case for contiguous groups."""
+    load = np.ones((NUM_LAYERS, NUM_EXPERTS), dtype=np.int64) * 100
+    load[:, :25] = 100 * (NUM_EXPERTS - 25) // 25
+    placement = make_contiguous(8)
+    result = run(load, make_groups(8, max_copies=int(1.12 * placement[0].sum())), placement)
+    assert result.before.max_over_mean > 4
+    assert result.after.imbalance <= 1.15
+
+
+def test_one_expert_that_takes_half_of_everything_is_copied_widely():
+    load = np.ones((2, 64), dtype=np.int64) * 10
+    load[:, 3] = 630
+    result = run(load, make_groups(4), make_contiguous(4, 2, 64))
+    assert result.after.imbalance <= 1.15
+    assert (result.placement[:, :, 3].sum(axis=0) == 4).all()
+
+
+def test_an_even_load_moves_nothing():
+    load = np.full((NUM_LAYERS, NUM_EXPERTS), 50, dtype=np.int64)
+    result = run(load, make_groups(8), make_contiguous(8))
+    assert (result.loaded, result.released) == (0, 0)
+    assert result.after == result.before
+    assert result.after.imbalance == pytest.approx(1.0)
+
+
+def test_a_second_run_on_its_own_result_moves_almost_nothing():
+    load, groups = make_skewed(0), make_groups(8)
+    first = run(load, groups, make_contiguous(8))
+    second = run(load, groups, first.placement)
+    assert second.loaded <= 0.02 * first.loaded
+
+
+def test_few_copies_are_moved():
+    """Far fewer than packing from scratch would, which moves about seven of eight."""
+    result = run(make_skewed(1), make_groups(8), make_contiguous(8))
+    assert result.loaded <= 0.15 * NUM_LAYERS * NUM_EXPERTS
+
+
+def test_a_slow_group_gets_the_share_it_can_carry():
+    load = np.full((NUM_LAYERS, NUM_EXPERTS), 50, dtype=np.int64)
+    groups = make_groups(4, [1.0, 1.0, 1.0, 0.25])
+    result = run(load, groups, make_contiguous(4))
+    assert result.before.imbalance > 3
+    assert result.after.imbalance <= 1.15
+    assert result.placement[3].sum() < 0.5 * result.placement[0].sum()
+
+
+def test_memory_of_a_group_is_never_exceeded_and_used_where_there_is_some():
+    placement = make_contiguous(4)
+    full = int(placement[0].sum())
+    groups = [GroupCapacity(f"g{index}", 1.0, full if index else 2 * full) for index in range(4)]
+    result = run(make_skewed(2), groups, placement)
+    assert result.after.imbalance < result.before.imbalance
+    assert result.placement[0].sum() > full
+
+
+def test_copies_that_are_not_needed_any_more_make_room():
+    load, groups = make_skewed(0), make_groups(8)
+    first = run(load, groups, make_contiguous(8))
+    result = run(make_skewed(7), groups, first.placement)
+    assert result.after.imbalance <= 1.15
+    assert result.released > 0
+
+
+def test_gate_groups_are_kept_together_where_it_costs_nothing():
+    result = run(make_skewed(3), make_groups(8), make_contiguous(8))
+    by_gate_group = result.placement.reshape(8, NUM_LAYERS, N_GROUP, NUM_EXPERTS // N_GROUP).any(axis=3)
+    # Mean number of expert groups that a gate group is spread over; 1 before, 8 at the most.
+    assert by_gate_group.sum(axis=0).mean() <= 4.5
+
+
+def test_no_load_is_no_reason_for_anything():
+    result = run(np.zeros((2, 64), dtype=np.int64), make_groups(4), make_contiguous(4, 2, 64))
+    assert result.loaded == 0
+    assert result.before.imbalance == 1.0
+
+
+def test_golden_example_of_the_docstring():
+    placement = np.array([[[True, True, False, False]], [[False, False, True, True]]])
+    load = np.array([[6, 1, 1, 0]])
+    result = rebalance(load, make_groups(2), placement, n_group=1, extra_share=0.25)
+    assert compute_balance(load, np.ones(2), placement).imbalance == pytest.approx(1.75)
+    assert result.placement[:, 0, 0].tolist() == [True, True]
+    assert (result.loaded, result.released, result.after.imbalance) == (1, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("load", "placement", "n_group"),
+    [
+        (np.ones((1, 4), dtype=np.int64), np.ones((3, 1, 4), dtype=bool), 1),
+        (np.ones((1, 4), dtype=np.int64), np.zeros((2, 1, 4), dtype=bool), 1),
+        (-np.ones((1, 4), dtype=np.int64), np.ones((2, 1, 4), dtype=bool), 1),
+        (np.ones((1, 4), dtype=np.int64), np.ones((2, 1, 4), dtype=bool), 0),
+    ],
+)
+def test_contradictions_are_refused(load: npt.NDArray[np.int64], placement: npt.NDArray[np.bool_], n_group: int):
+    with pytest.raises(ValueError):
+        rebalance(load, make_groups(2), placement, n_group=n_group, extra_share=0.12)
