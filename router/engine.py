@@ -1,6 +1,7 @@
 """The engine: many sequences, one step at a time.
 
-`Engine._step` is the index of the router: schedule -> trunk (which asks the expert groups) -> sample -> hand out.
+`Engine._step` is the index of the router: schedule -> trunk (which asks the expert groups) -> sample -> verify drafts
+-> hand out -> draft.
 New requests join between steps and cancelled ones leave there. It runs on one event loop and computes on that loop's
 thread; while it waits for experts, the loop serves the RPCs.
 """
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from experts.model_config import ModelConfig
+from router.drafter import Drafter, DraftInput, count_accepted
 from router.errors import BadRequest, NotReady, RouterError
 from router.micro_batches import MicroBatchRunner
 from router.overlap_policy import OverlapPolicy
 from router.sampler import SampleRow, TokenLogprobs, compute_logprobs, sample
 from router.scheduler import ScheduledChunk, Scheduler, SchedulerLimits
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
-from router.step_batch import StepBatch, TokenSpan, build_step_batch
+from router.step_batch import Segment, StepBatch, TokenSpan, build_step_batch
 from router.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,21 @@ LOGITS_ROWS = 128
 
 @dataclass(frozen=True)
 class EngineProgress:
-    """Proof of life: a frozen engine has an old current step, or waiting sequences and no new steps."""
+    """Proof of life: a frozen engine has an old current step, or waiting sequences and no new steps.
+
+    Blocks are of the latent cache; idle ones are free, and their content can still be found. The last three count
+    since start, as SchedulerCounters does."""
 
     num_steps: int
     current_step_ms: int
     num_running: int
     num_waiting: int
+    num_blocks: int
+    num_blocks_held: int
+    num_blocks_idle: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
 
 
 class Engine:
@@ -52,11 +63,14 @@ class Engine:
         *,
         max_model_len: int,
         overlap: OverlapPolicy | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        """limits.num_blocks: of the trunk's cache. overlap: None computes every step as one batch."""
+        """limits.num_blocks: of the trunk's cache. overlap: None computes every step as one batch. drafter: None: one
+        token per sequence and step."""
         self._config = config
         self._trunk = trunk
         self._micro_batches = MicroBatchRunner(trunk, overlap or OverlapPolicy("off"))
+        self._drafter = drafter
         self._scheduler = Scheduler(limits)
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(config.eos_token_ids)
@@ -70,13 +84,23 @@ class Engine:
         return self._draining
 
     def progress(self) -> EngineProgress:
-        started = self._step_started
+        started, pool, counters = self._step_started, self._scheduler.pool, self._scheduler.counters
         return EngineProgress(
             num_steps=self._num_steps,
             current_step_ms=0 if started is None else int((time.monotonic() - started) * 1000),
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            num_blocks_held=pool.num_blocks - pool.num_free,
+            num_blocks_idle=pool.num_idle,
+            num_preemptions=counters.num_preemptions,
+            num_prompt_tokens=counters.num_prompt_tokens,
+            num_cached_tokens=counters.num_cached_tokens,
         )
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where sequences and cache blocks disagree."""
+        self._scheduler.check_integrity()
 
     def submit(self, request: GenerationRequest) -> Sequence:
         """Queue a request; its outputs arrive in the returned sequence's queue.
@@ -129,89 +153,139 @@ class Engine:
         hidden_states = await self._micro_batches.forward(batch)
         self._hand_out_prompt_logprobs(chunks, batch, hidden_states)
         sampled = self._sample(chunks, batch, hidden_states)
-        for chunk in chunks:
+        going_on: list[tuple[Sequence, Segment]] = []
+        for chunk, segment in zip(chunks, batch.segments, strict=True):
             sequence = chunk.sequence
-            sequence.num_computed += chunk.num_new
             if sequence.cancelled:
                 continue
-            token = sampled.get(sequence)
-            if token is not None:
-                self._append(sequence, token)
-            elif sequence.num_computed == sequence.num_prompt_tokens and sequence.request.max_tokens == 0:
-                self._finish(sequence, SequenceOutput(finish_reason=FinishReason.LENGTH))
+            if self._take(chunk, sampled.get(sequence, [])):
+                going_on.append((sequence, segment))
+        if self._drafter is not None and going_on:
+            await self._draft(self._drafter, going_on, hidden_states)
 
     def _sample(
         self, chunks: list[ScheduledChunk], batch: StepBatch, hidden_states: Tensor
-    ) -> dict[Sequence, GeneratedToken]:
-        """The next token of every sequence whose known tokens are all computed now."""
-        sequences: list[Sequence] = []
-        last_rows: list[int] = []
-        for chunk, segment in zip(chunks, batch.segments, strict=True):
-            sequence = chunk.sequence
-            complete = sequence.num_computed + chunk.num_new == len(sequence.token_ids)
-            if complete and sequence.request.max_tokens > 0 and not sequence.cancelled:
-                sequences.append(sequence)
-                last_rows.append(segment.start + segment.num_new - 1)
-        if not sequences:
+    ) -> dict[Sequence, list[GeneratedToken]]:
+        """The next tokens of every sequence whose known tokens are all computed now: one, and one more for each draft
+        that holds."""
+        sampled = [
+            (chunk, segment)
+            for chunk, segment in zip(chunks, batch.segments, strict=True)
+            if chunk.num_new - chunk.num_drafts == chunk.sequence.num_uncomputed
+            and chunk.sequence.request.max_tokens > 0
+            and not chunk.sequence.cancelled
+        ]
+        if not sampled:
             return {}
+        last_rows = [row for chunk, segment in sampled for row in _last_rows(chunk, segment)]
         logits = self._trunk.compute_logits(hidden_states[last_rows])
-        token_ids = sample(logits, [self._sample_row(sequence) for sequence in sequences])
-        logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
-        wanting = [index for index, sequence in enumerate(sequences) if sequence.request.logprobs is not None]
-        if wanting:
-            num_top = [sequences[index].request.logprobs or 0 for index in wanting]
-            for index, row in zip(wanting, compute_logprobs(logits[wanting], token_ids[wanting], num_top), strict=True):
-                logprobs[index] = row
+        rows = [self._sample_row(chunk.sequence, n) for chunk, _ in sampled for n in range(chunk.num_drafts + 1)]
+        token_ids = sample(logits, rows)
+        ids = token_ids.tolist()
+        kept = self._verify([chunk for chunk, _ in sampled], ids)
+        logprobs = _compute_wanted_logprobs(logits, token_ids, kept)
         return {
-            sequence: GeneratedToken(token_id, row)
-            for sequence, token_id, row in zip(sequences, token_ids.tolist(), logprobs, strict=True)
+            sequence: [GeneratedToken(ids[row], logprobs.get(row)) for row in kept_rows]
+            for sequence, kept_rows in kept.items()
         }
 
-    def _sample_row(self, sequence: Sequence) -> SampleRow:
+    def _verify(self, chunks: list[ScheduledChunk], ids: list[int]) -> dict[Sequence, range]:
+        """Which of the sampled rows are kept: one per sequence, and those behind drafts that hold."""
+        kept: dict[Sequence, range] = {}
+        start = 0
+        for sequence, _, num_drafts in chunks:
+            num_accepted = count_accepted(sequence.draft_token_ids[:num_drafts], ids[start : start + num_drafts])
+            if self._drafter is not None and num_drafts > 0:
+                self._drafter.note_verified(sequence, num_drafts, num_accepted)
+            sequence.draft_token_ids = []
+            kept[sequence] = range(start, start + 1 + num_accepted)
+            start += 1 + num_drafts
+        return kept
+
+    def _sample_row(self, sequence: Sequence, num_drafts: int) -> SampleRow:
+        """For the token behind the known ones and the first num_drafts drafts."""
         request = sequence.request
         banned: tuple[int, ...] = ()
-        if sequence.num_generated < request.min_tokens:
+        if sequence.num_generated + num_drafts < request.min_tokens:
             banned = tuple(sorted(self._eos_token_ids | request.stop_token_ids))
-        return SampleRow(request.sampling, len(sequence.token_ids), banned, sequence.counts)
+        return SampleRow(
+            request.sampling,
+            len(sequence.token_ids) + num_drafts,
+            banned,
+            sequence.counts,
+            tuple(sequence.draft_token_ids[:num_drafts]),
+        )
 
-    def _append(self, sequence: Sequence, token: GeneratedToken) -> None:
-        request = sequence.request
-        sequence.append(token.token_id)
-        is_eos = token.token_id in self._eos_token_ids and not request.ignore_eos
-        if is_eos or token.token_id in request.stop_token_ids:
-            self._finish(sequence, SequenceOutput((token,), (), FinishReason.STOP, token.token_id))
-        elif sequence.num_generated >= request.max_tokens:
-            self._finish(sequence, SequenceOutput((token,), (), FinishReason.LENGTH))
-        else:
-            sequence.outputs.put_nowait(SequenceOutput((token,)))
+    def _take(self, chunk: ScheduledChunk, tokens: list[GeneratedToken]) -> bool:
+        """Note what a step gave a sequence, and hand it out. Returns whether the sequence goes on."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        if not tokens:
+            self._scheduler.advance(sequence, sequence.num_computed + chunk.num_new)
+            if sequence.num_uncomputed > 0:
+                return True
+            self._finish(sequence, SequenceOutput(finish_reason=FinishReason.LENGTH))
+            return False
+        output: SequenceOutput | None = None
+        for index, token in enumerate(tokens):
+            sequence.append(token.token_id)
+            taken = tuple(tokens[: index + 1])
+            is_eos = token.token_id in self._eos_token_ids and not request.ignore_eos
+            if is_eos or token.token_id in request.stop_token_ids:
+                output = SequenceOutput(taken, (), FinishReason.STOP, token.token_id)
+            elif sequence.num_generated >= request.max_tokens:
+                output = SequenceOutput(taken, (), FinishReason.LENGTH)
+            if output is not None:
+                break
+        self._scheduler.advance(sequence, len(sequence.token_ids) - 1)  # the last one is fed back in the next step
+        if output is not None:
+            self._finish(sequence, output)
+            return False
+        sequence.outputs.put_nowait(SequenceOutput(tuple(tokens)))
+        return True
+
+    async def _draft(self, drafter: Drafter, going_on: list[tuple[Sequence, Segment]], hidden_states: Tensor) -> None:
+        inputs: list[DraftInput] = []
+        for sequence, segment in going_on:
+            num_drafts = 0
+            if sequence.num_uncomputed == 1:
+                num_drafts = self._scheduler.reserve_drafts(sequence, drafter.choose_depth(sequence))
+            start = segment.context_len
+            stop = segment.start + sequence.num_computed - start
+            inputs.append(DraftInput(sequence, hidden_states[segment.start : stop], start, num_drafts))
+        for draft_input, token_ids in zip(inputs, await drafter.draft(inputs), strict=True):
+            if not draft_input.sequence.cancelled:
+                draft_input.sequence.draft_token_ids = token_ids
 
     def _finish(self, sequence: Sequence, output: SequenceOutput) -> None:
         self._scheduler.remove(sequence)
         sequence.outputs.put_nowait(output)
 
     def _fail(self, chunks: list[ScheduledChunk], error: Exception) -> None:
-        for chunk in chunks:
-            self._scheduler.remove(chunk.sequence)
-            chunk.sequence.outputs.put_nowait(error)
+        for sequence in [chunk.sequence for chunk in chunks]:
+            if sequence in self._scheduler.running:  # else it has ended, or was cancelled meanwhile
+                self._scheduler.remove(sequence)
+                sequence.outputs.put_nowait(error)
 
     def _hand_out_prompt_logprobs(self, chunks: list[ScheduledChunk], batch: StepBatch, hidden_states: Tensor) -> None:
         """Row p of a prompt gives the log-probability of prompt token p + 1; the first token has none."""
         for chunk, segment in zip(chunks, batch.segments, strict=True):
             sequence = chunk.sequence
             num_top = sequence.request.prompt_logprobs
-            first = sequence.num_computed
-            if num_top is None or first >= sequence.num_prompt_tokens or sequence.cancelled:
+            if num_top is None or sequence.cancelled:
                 continue
-            last = min(first + chunk.num_new, sequence.num_prompt_tokens - 1)
-            tokens = [GeneratedToken(sequence.token_ids[0], None)] if first == 0 else []
+            # The row of the last token sent, if it was sent before the sequence had to start anew.
+            first = max(segment.context_len, sequence.num_prompt_tokens_sent - 1)
+            last = min(segment.context_len + segment.num_new, sequence.num_prompt_tokens - 1)
+            tokens = [GeneratedToken(sequence.token_ids[0], None)] if sequence.num_prompt_tokens_sent == 0 else []
             for start in range(first, last, LOGITS_ROWS):
                 stop = min(start + LOGITS_ROWS, last)
-                offset = segment.start - first
+                offset = segment.start - segment.context_len
                 logits = self._trunk.compute_logits(hidden_states[offset + start : offset + stop])
                 following = sequence.token_ids[start + 1 : stop + 1]
                 rows = compute_logprobs(logits, torch.tensor(following), [num_top] * len(following))
                 tokens.extend(GeneratedToken(token_id, row) for token_id, row in zip(following, rows, strict=True))
             if tokens:
+                sequence.num_prompt_tokens_sent += len(tokens)
                 sequence.outputs.put_nowait(SequenceOutput(prompt_tokens=tuple(tokens)))
 
     def _validate(self, request: GenerationRequest) -> None:
@@ -238,4 +312,26 @@ class Engine:
 
 def _span_of(chunk: ScheduledChunk) -> TokenSpan:
     sequence, start = chunk.sequence, chunk.sequence.num_computed
-    return TokenSpan(sequence.token_ids[start : start + chunk.num_new], start, sequence.block_ids)
+    token_ids = sequence.token_ids[start : start + chunk.num_new - chunk.num_drafts]
+    drafts = sequence.draft_token_ids[: chunk.num_drafts]
+    return TokenSpan([*token_ids, *drafts], start, sequence.block_ids)
+
+
+def _last_rows(chunk: ScheduledChunk, segment: Segment) -> range:
+    """The rows of a step that are sampled: of the last known token, and of the drafts."""
+    stop = segment.start + segment.num_new
+    return range(stop - chunk.num_drafts - 1, stop)
+
+
+def _compute_wanted_logprobs(
+    logits: Tensor, token_ids: Tensor, kept: dict[Sequence, range]
+) -> dict[int, TokenLogprobs]:
+    """By row of logits, for the kept rows of sequences that asked for logprobs."""
+    num_top: dict[int, int] = {}
+    for sequence, rows in kept.items():
+        if sequence.request.logprobs is not None:
+            num_top.update(dict.fromkeys(rows, sequence.request.logprobs))
+    if not num_top:
+        return {}
+    rows = list(num_top)
+    return dict(zip(rows, compute_logprobs(logits[rows], token_ids[rows], list(num_top.values())), strict=True))

@@ -1,18 +1,21 @@
-"""Which tokens run in the next step: first come, first served, decode before prefill, prefill in chunks.
+"""Which tokens run in the next step, and which sequence has which cache blocks.
 
-Pure bookkeeping on sequence lengths; it knows neither torch nor clock. A sequence is admitted when its whole length
-(prompt + max_tokens) fits beside those already running, so a running one never has to give way.
+A step takes decoding sequences first, one token each (and drafts, where there are any), then prompts in chunks, up to
+its budget of tokens. A sequence takes blocks as it grows. When there are none left, the one that ranks last gives its
+blocks back and waits again; later its tokens are computed anew, or found in blocks that still hold them. The first in
+rank can always go on, so everything ends. Pure bookkeeping on lengths and block ids; it knows neither torch nor clock.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from router.block_pool import BLOCK_SIZE, BlockPool, count_blocks
 from router.errors import BadRequest, QueueFull
-from router.sequence import Sequence
+from router.prefix_hash import extend_block_hashes_
+from router.sequence import GenerationRequest, Rank, Sequence
 
 
 @dataclass(frozen=True)
@@ -27,63 +30,225 @@ class SchedulerLimits:
 
 
 class ScheduledChunk(NamedTuple):
-    """The next num_new tokens of a sequence, from its num_computed on."""
+    """The next num_new tokens of a sequence, from its num_computed on. The last num_drafts of them are drafts."""
 
     sequence: Sequence
     num_new: int
+    num_drafts: int = 0
+
+
+class QueuePolicy(Protocol):
+    """Who goes before whom."""
+
+    def rank(self, request: GenerationRequest, arrival: int) -> Rank:
+        """Asked once, when a request arrives; lower ranks go first. arrival: how many came before."""
+        ...
+
+
+class PriorityThenArrival:
+    """First come, first served among those of one priority."""
+
+    def rank(self, request: GenerationRequest, arrival: int) -> Rank:
+        return (request.priority, arrival)
+
+
+@dataclass
+class SchedulerCounters:
+    """Since start. num_prompt_tokens: of admitted requests; num_cached_tokens: those of them found in the cache."""
+
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
 
 
 class Scheduler:
-    """Owned by the engine's event loop."""
+    """Owned by the engine's event loop. Blocks change hands in schedule() and remove() only, so those of a step that
+    is under way are nobody else's until it is over."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, policy: QueuePolicy | None = None) -> None:
         self._limits = limits
-        self.waiting: deque[Sequence] = deque()
+        self._policy = policy or PriorityThenArrival()
+        self._num_arrived = 0
+        self.waiting: list[Sequence] = []  # in order of rank, like running
         self.running: list[Sequence] = []
-        self._pool = BlockPool(limits.num_blocks)
+        self.pool = BlockPool(limits.num_blocks)
+        self.counters = SchedulerCounters()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises BadRequest if it could never be admitted, QueueFull if too many wait."""
+        """Queue a sequence. Raises BadRequest if it could never run even alone, QueueFull if too many wait."""
         needed = sequence.max_total_tokens
-        if count_blocks(needed) > self._pool.num_blocks:
-            held = self._pool.num_blocks * BLOCK_SIZE
+        if count_blocks(needed) > self.pool.num_blocks:
+            held = self.pool.num_blocks * BLOCK_SIZE
             raise BadRequest(
                 f"the request needs {needed} tokens of KV cache, this router holds {held}: "
                 "shorten the prompt or lower max_tokens"
             )
         if len(self.waiting) >= self._limits.max_waiting:
             raise QueueFull(f"{len(self.waiting)} requests are waiting already")
-        self.waiting.append(sequence)
+        sequence.rank = self._policy.rank(sequence.request, self._num_arrived)
+        self._num_arrived += 1
+        insort(self.waiting, sequence, key=_rank_of)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its blocks become free."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._pool.release(sequence.block_ids)
-            sequence.block_ids = []
+            self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
         """The chunks of the next step, at most max_batched_tokens tokens; empty when there is nothing to do."""
-        self._admit()
-        budget = self._limits.max_batched_tokens
-        chunks: list[ScheduledChunk] = []
-        decoding = [s for s in self.running if len(s.token_ids) - s.num_computed == 1]
-        prefilling = [s for s in self.running if len(s.token_ids) - s.num_computed > 1]
+        step = _Step(self._limits.max_batched_tokens)
+        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         for sequence in (*decoding, *prefilling):
-            num_new = min(budget, len(sequence.token_ids) - sequence.num_computed)
-            if num_new == 0:
-                break
-            chunks.append(ScheduledChunk(sequence, num_new))
-            budget -= num_new
-        return chunks
+            if sequence not in step.preempted:
+                self._extend(sequence, step)
+        # What has just given way must not come back for the blocks of the one that it gave way to.
+        if not step.preempted:
+            while step.budget > 0 and (sequence := self._admit_next()) is not None:
+                self._extend(sequence, step)
+        self._add_drafts(decoding, step)
+        return list(step.chunks.values())
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._limits.max_num_seqs:
-            needed = count_blocks(self.waiting[0].max_total_tokens)
-            if needed > self._pool.num_free:
-                return
-            sequence = self.waiting.popleft()
-            sequence.block_ids = self._pool.allocate(needed)
-            self.running.append(sequence)
+    def advance(self, sequence: Sequence, num_computed: int) -> None:
+        """After a step: the rows of the first num_computed tokens are written. Publishes the blocks that are full and
+        gives back those that only rejected drafts needed."""
+        sequence.num_computed = num_computed
+        extend_block_hashes_(sequence.block_hashes, sequence.token_ids, sequence.request.cache_salt)
+        num_full = min(num_computed // BLOCK_SIZE, len(sequence.block_hashes))
+        for index in range(sequence.num_published, num_full):
+            self.pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
+        sequence.num_published = max(sequence.num_published, num_full)
+        self._trim(sequence)
+
+    def reserve_drafts(self, sequence: Sequence, num_drafts: int) -> int:
+        """Blocks for up to num_drafts tokens behind the known ones, as long as every running sequence finds a free
+        one beside them. Returns for how many there is room now; advance() gives the blocks back."""
+        room = self._limits.max_batched_tokens - len(self.running)
+        # The token behind the last draft ends the sequence at the latest, and is never fed back.
+        num_drafts = min(num_drafts, sequence.max_total_tokens - len(sequence.token_ids) - 1, room)
+        if num_drafts <= 0:
+            return 0
+        num_tokens = len(sequence.token_ids) + num_drafts
+        missing = count_blocks(num_tokens) - len(sequence.block_ids)
+        granted = min(missing, self.pool.num_free - len(self.running))
+        if granted > 0:
+            sequence.block_ids.extend(self.pool.allocate(granted))
+        return min(num_drafts, len(sequence.block_ids) * BLOCK_SIZE - len(sequence.token_ids))
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where sequences and pool disagree."""
+        self.pool.check_integrity(sequence.block_ids for sequence in self.running)
+        for sequence in self.waiting:
+            if sequence.block_ids or sequence.num_computed:
+                raise RuntimeError(f"request {sequence.request.request_id} waits and holds blocks")
+        for sequence in self.running:
+            if count_blocks(sequence.num_computed) > len(sequence.block_ids):
+                raise RuntimeError(f"request {sequence.request.request_id} has rows without blocks")
+
+    def _extend(self, sequence: Sequence, step: _Step) -> None:
+        """Put the sequence's next known tokens into the step, as many as budget and blocks allow."""
+        wanted = min(step.budget, sequence.num_uncomputed)
+        missing = count_blocks(sequence.num_computed + wanted) - len(sequence.block_ids)
+        if missing > self.pool.num_free:
+            for running in self.running:
+                self._trim(running)  # drafts are the first to give way
+        while missing > self.pool.num_free and self.running[-1] is not sequence:
+            self._preempt(self.running[-1], step)
+        if missing > 0:
+            sequence.block_ids.extend(self.pool.allocate(min(missing, self.pool.num_free)))
+        num_new = min(wanted, len(sequence.block_ids) * BLOCK_SIZE - sequence.num_computed)
+        if num_new > 0:
+            step.add(ScheduledChunk(sequence, num_new))
+
+    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+        step.drop(sequence)
+        step.preempted.add(sequence)
+        self.running.remove(sequence)
+        self._release(sequence)
+        insort(self.waiting, sequence, key=_rank_of)
+        self.counters.num_preemptions += 1
+
+    def _admit_next(self) -> Sequence | None:
+        """Let the first of those that wait run, if it has room for all its known tokens beside the running ones, and
+        these have a block each to grow."""
+        if not self.waiting or len(self.running) >= self._limits.max_num_seqs:
+            return None
+        sequence = self.waiting[0]
+        block_ids = self._find_prefix(sequence)
+        needed = count_blocks(len(sequence.token_ids)) - len(block_ids) + self.pool.count_idle(block_ids)
+        if needed + self._count_promised() + len(self.running) > self.pool.num_free:
+            return None
+        del self.waiting[0]
+        insort(self.running, sequence, key=_rank_of)
+        self.pool.hold(block_ids)
+        sequence.block_ids = block_ids
+        sequence.num_published = len(block_ids)
+        sequence.num_computed = len(block_ids) * BLOCK_SIZE
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed
+            self.counters.num_cached_tokens += sequence.num_computed
+            self.counters.num_prompt_tokens += sequence.num_prompt_tokens
+        return sequence
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Published blocks that begin as the sequence does; at least its last token is left to compute."""
+        if not sequence.may_reuse:
+            return []
+        extend_block_hashes_(sequence.block_hashes, sequence.token_ids, sequence.request.cache_salt)
+        return self.pool.find(sequence.block_hashes)
+
+    def _count_promised(self) -> int:
+        """Blocks that running sequences will take for tokens that are known already."""
+        return sum(max(0, count_blocks(len(sequence.token_ids)) - len(sequence.block_ids)) for sequence in self.running)
+
+    def _add_drafts(self, decoding: list[Sequence], step: _Step) -> None:
+        """Drafts take what the step has left: they must not cost anybody a token that is sure to be wanted."""
+        for sequence in decoding:
+            chunk = step.chunks.get(sequence)
+            if chunk is None:
+                continue
+            room = len(sequence.block_ids) * BLOCK_SIZE - sequence.num_computed - 1
+            num_drafts = min(len(sequence.draft_token_ids), step.budget, room)
+            del sequence.draft_token_ids[num_drafts:]
+            if num_drafts > 0:
+                step.drop(sequence)
+                step.add(ScheduledChunk(sequence, 1 + num_drafts, num_drafts))
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Give back blocks behind the last known token."""
+        needed = count_blocks(len(sequence.token_ids))
+        if len(sequence.block_ids) > needed:
+            self.pool.release(sequence.block_ids[needed:])
+            del sequence.block_ids[needed:]
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.draft_token_ids = []
+        sequence.num_published = 0
+        sequence.num_computed = 0
+
+
+class _Step:
+    """A step in the making."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: dict[Sequence, ScheduledChunk] = {}
+        self.preempted: set[Sequence] = set()
+
+    def add(self, chunk: ScheduledChunk) -> None:
+        self.chunks[chunk.sequence] = chunk
+        self.budget -= chunk.num_new
+
+    def drop(self, sequence: Sequence) -> None:
+        chunk = self.chunks.pop(sequence, None)
+        if chunk is not None:
+            self.budget += chunk.num_new
+
+
+def _rank_of(sequence: Sequence) -> Rank:
+    return sequence.rank

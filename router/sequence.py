@@ -12,6 +12,9 @@ from router.token_counts import TokenCounts
 if TYPE_CHECKING:  # the scheduler needs no torch
     from router.sampler import SamplingParams, TokenLogprobs
 
+# Lower goes first. Compared as tuples are.
+Rank = tuple[float, ...]
+
 
 class FinishReason(enum.Enum):
     STOP = "stop"
@@ -23,6 +26,8 @@ class GenerationRequest:
     """What a caller asks for. logprobs, prompt_logprobs: alternatives per token; None: no logprobs at all.
 
     num_answer_tokens: tokens at the prompt's end that another router generated: to penalties, they are the answer's.
+    priority: lower goes first. fairness_key: whose request it is, for policies that share out. cache_salt: requests
+    with different ones share no cached prefix.
     """
 
     request_id: str
@@ -35,6 +40,9 @@ class GenerationRequest:
     logprobs: int | None
     prompt_logprobs: int | None
     num_answer_tokens: int = 0
+    priority: int = 0
+    fairness_key: str = ""
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,25 +65,33 @@ class SequenceOutput:
 
 @dataclass(eq=False)
 class Sequence:
-    """Mutated by the engine only. token_ids: the prompt, then what was generated.
+    """Mutated by engine and scheduler only. token_ids: the prompt, then what was generated.
 
     num_computed: tokens whose cache rows are written. block_ids: the blocks with these rows, in order.
+    block_hashes: of token_ids, as far as they were needed. num_published: its first blocks that others may find.
+    num_cached_tokens: of the prompt, found in the cache when it was first admitted; None: not yet.
+    num_prompt_tokens_sent: prompt tokens handed out with their logprobs; a sequence that is computed anew sends none
+    twice. draft_token_ids: guesses of the tokens behind the known ones, to be verified in the next step.
     counts: of its tokens, where it has penalties. outputs ends with one that has a finish_reason, or with an error.
     """
 
     request: GenerationRequest
     token_ids: list[int]
+    rank: Rank = ()
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list[int])
+    block_hashes: list[bytes] = field(default_factory=list[bytes])
+    num_published: int = 0
+    num_cached_tokens: int | None = None
+    num_prompt_tokens_sent: int = 0
+    draft_token_ids: list[int] = field(default_factory=list[int])
     cancelled: bool = False
+    counts: TokenCounts | None = field(init=False, default=None)
     outputs: asyncio.Queue[SequenceOutput | Exception] = field(
         default_factory=asyncio.Queue[SequenceOutput | Exception]
     )
 
-    counts: TokenCounts | None = field(init=False)
-
     def __post_init__(self) -> None:
-        self.counts = None
         if self.request.sampling.penalties is not None:
             start = self.num_prompt_tokens - self.request.num_answer_tokens
             self.counts = TokenCounts(self.token_ids[:start], self.token_ids[start:])
@@ -95,6 +111,16 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_uncomputed(self) -> int:
+        """Known tokens without cache rows: at least one, while it runs."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
     def max_total_tokens(self) -> int:
         """The length at which it ends; the last token is never fed back, so it needs no cache row."""
         return self.num_prompt_tokens + self.request.max_tokens
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether cached rows will do: prompt logprobs need the logits of every row."""
+        return self.request.prompt_logprobs is None or self.num_prompt_tokens_sent == self.num_prompt_tokens

@@ -54,8 +54,9 @@ _T = TypeVar("_T")
 class RouterConfig:
     """max_model_len: tokens of prompt and answer; None: the checkpoint's max_position_embeddings.
     micro_batches: that a step is split into. expert_endpoints: host:port of known replicas; empty: wait for
-    UpdateExpertTable. num_threads: of torch; None: its default. call_timeout_s: one attempt of one expert call.
-    expert_wait_s: for a group with no usable replica."""
+    UpdateExpertTable. num_threads: of torch; None: its default. kv_cache_tokens: of the latent cache; None: half of the
+    memory that is free once the weights are loaded. call_timeout_s: one attempt of one expert call. expert_wait_s: for
+    a group with no usable replica."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -70,6 +71,7 @@ class RouterConfig:
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
     max_waiting: int = 1024
+    kv_cache_tokens: int | None = None
     call_timeout_s: float = 30.0
     expert_wait_s: float = 30.0
     num_threads: int | None = None
@@ -89,6 +91,8 @@ class RouterServer:
             raise ConfigError(
                 f"max_num_seqs ({config.max_num_seqs}) must not exceed max_batched_tokens ({config.max_batched_tokens})"
             )
+        if config.kv_cache_tokens is not None and config.kv_cache_tokens < 1:
+            raise ConfigError(f"kv_cache_tokens is {config.kv_cache_tokens}: a KV cache holds one token at least")
         if config.deterministic and load_cpu_kernel(config.dtype) is None:
             raise ConfigError(
                 "deterministic output needs the native CPU kernel (torch's products depend on the rows beside a row): "
@@ -233,18 +237,13 @@ class RouterServer:
                 os._exit(1)
 
     def _limits(self) -> SchedulerLimits:
-        per_token = cache_bytes_per_token(self._model, self._config.dtype)
-        # A container may be allowed less than the machine has left, which is all that psutil knows.
-        available_bytes = get_available_bytes()
-        if available_bytes is None:
-            available_bytes = psutil.virtual_memory().available
-        num_blocks = int(available_bytes * CACHE_MEMORY_SHARE) // (per_token * BLOCK_SIZE)
-        num_blocks = min(num_blocks, self._config.max_num_seqs * count_blocks(self._max_model_len))
+        num_blocks = self._count_cache_blocks()
         num_tokens = num_blocks * BLOCK_SIZE
         logger.info(
-            "latent cache tokens=%d bytes_per_token=%d requests_at_full_length=%.1f max_model_len=%d",
+            "latent cache tokens=%d blocks=%d size_mb=%d requests_at_full_length=%.1f max_model_len=%d",
             num_tokens,
-            per_token,
+            num_blocks,
+            num_tokens * cache_bytes_per_token(self._model, self._config.dtype) // 10**6,
             num_tokens / self._max_model_len,
             self._max_model_len,
         )
@@ -254,6 +253,32 @@ class RouterServer:
             num_blocks=num_blocks,
             max_waiting=self._config.max_waiting,
         )
+
+    def _count_cache_blocks(self) -> int:
+        """As many as asked for, else as half the free memory holds, but no more than could ever be used at once.
+        Raises ConfigError if there is no room for them."""
+        block_bytes = cache_bytes_per_token(self._model, self._config.dtype) * BLOCK_SIZE
+        # A container may be allowed less than the machine has left, which is all that psutil knows.
+        available_bytes = get_available_bytes()
+        if available_bytes is None:
+            available_bytes = psutil.virtual_memory().available
+        asked = self._config.kv_cache_tokens
+        if asked is None:
+            num_blocks = int(available_bytes * CACHE_MEMORY_SHARE) // block_bytes
+            num_blocks = min(num_blocks, self._config.max_num_seqs * count_blocks(self._max_model_len))
+            if num_blocks == 0:
+                raise ConfigError(
+                    f"{available_bytes} bytes of memory are free once the weights are loaded: too little for a KV cache"
+                )
+            return num_blocks
+        num_blocks = count_blocks(asked)
+        if num_blocks * block_bytes > available_bytes:
+            raise ConfigError(
+                f"kv_cache_tokens is {asked}: {num_blocks * block_bytes} bytes of KV cache, but "
+                f"{available_bytes} are free once the weights are loaded: at most "
+                f"{available_bytes // block_bytes * BLOCK_SIZE} tokens fit"
+            )
+        return num_blocks
 
     def _set_load_progress(self, fraction: float) -> None:
         """Called by the loading thread, which nothing else could end."""

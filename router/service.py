@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from experts.errors import ConfigError
+from router.block_pool import BLOCK_SIZE
 from router.engine import Engine
 from router.errors import BadRequest, ExpertsUnavailable, NotReady, QueueFull, StaleTable
 from router.expert_pool import ExpertPool
@@ -78,7 +79,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
                     finished = True
                     await _abort(context, output)
                 finished = output.finish_reason is not None
-                yield _write_output(output)
+                yield _write_output(output, sequence.num_cached_tokens or 0)
         finally:
             if not finished:  # the client left
                 engine.cancel(sequence)
@@ -123,6 +124,13 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         response.num_waiting = progress.num_waiting
         response.num_steps = progress.num_steps
         response.current_step_ms = progress.current_step_ms
+        response.num_blocks = progress.num_blocks
+        response.num_blocks_held = progress.num_blocks_held
+        response.num_blocks_idle = progress.num_blocks_idle
+        response.block_size = BLOCK_SIZE
+        response.num_preemptions = progress.num_preemptions
+        response.num_prompt_tokens = progress.num_prompt_tokens
+        response.num_cached_tokens = progress.num_cached_tokens
         response.draining = engine.draining
         unserved = state.pool.unserved()
         response.ready = unserved is None and not engine.draining
@@ -195,11 +203,15 @@ def _read_request(message: pb.GenerateRequest) -> GenerationRequest:
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         num_answer_tokens=message.num_answer_tokens,
+        priority=message.priority,
+        fairness_key=message.fairness_key,
+        cache_salt=message.cache_salt,
     )
 
 
-def _write_output(output: SequenceOutput) -> pb.GenerateResponse:
+def _write_output(output: SequenceOutput, cached_tokens: int) -> pb.GenerateResponse:
     response = pb.GenerateResponse(
+        cached_tokens=cached_tokens,
         tokens=[_write_token(token) for token in output.tokens],
         prompt_tokens=[_write_token(token) for token in output.prompt_tokens],
     )

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from experts.v1 import experts_pb2 as experts_dot_v1_dot_experts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16router/v1/router.proto\x12\trouter.v1\x1a\x18\x65xperts/v1/experts.proto\"\xbd\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.router.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x15\n\x13_repetition_penalty\"\xb1\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.router.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12\x19\n\x11num_answer_tokens\x18\n \x01(\rB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"n\n\x0bTokenOutput\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\x42\n\n\x08_logprob\"\xc7\x01\n\x10GenerateResponse\x12&\n\x06tokens\x18\x01 \x03(\x0b\x32\x16.router.v1.TokenOutput\x12-\n\rprompt_tokens\x18\x02 \x03(\x0b\x32\x16.router.v1.TokenOutput\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"\x98\x01\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x15\n\rweight_digest\x18\x04 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x05 \x01(\t\x12&\n\x05state\x18\x06 \x01(\x0e\x32\x17.router.v1.ReplicaState\"d\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06hosted\x18\x02 \x03(\x0b\x32\x17.experts.v1.ExpertRange\x12$\n\x08replicas\x18\x03 \x03(\x0b\x32\x12.router.v1.Replica\"@\n\x0b\x45xpertTable\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12 \n\x06groups\x18\x02 \x03(\x0b\x32\x10.router.v1.Group\"A\n\x18UpdateExpertTableRequest\x12%\n\x05table\x18\x01 \x01(\x0b\x32\x16.router.v1.ExpertTable\",\n\x19UpdateExpertTableResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x0f\n\rStatusRequest\"\x85\x02\n\x0eStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x15\n\rtable_version\x18\x06 \x01(\x04\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x17\n\x0f\x63urrent_step_ms\x18\n \x01(\r\x12\x1d\n\x15\x63onnected_replica_ids\x18\x0b \x03(\t\x12\x15\n\rload_progress\x18\x0c \x01(\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x96\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x16\n\x12REPLICA_STATE_DEAD\x10\x04\x32\xb1\x02\n\rRouterService\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12^\n\x11UpdateExpertTable\x12#.router.v1.UpdateExpertTableRequest\x1a$.router.v1.UpdateExpertTableResponse\x12:\n\x05\x44rain\x12\x17.router.v1.DrainRequest\x1a\x18.router.v1.DrainResponse\x12=\n\x06Status\x12\x18.router.v1.StatusRequest\x1a\x19.router.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16router/v1/router.proto\x12\trouter.v1\x1a\x18\x65xperts/v1/experts.proto\"\xbd\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.router.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x15\n\x13_repetition_penalty\"\xed\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.router.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12\x19\n\x11num_answer_tokens\x18\n \x01(\r\x12\x10\n\x08priority\x18\x0b \x01(\x11\x12\x14\n\x0c\x66\x61irness_key\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\tB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"n\n\x0bTokenOutput\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\x42\n\n\x08_logprob\"\xde\x01\n\x10GenerateResponse\x12&\n\x06tokens\x18\x01 \x03(\x0b\x32\x16.router.v1.TokenOutput\x12-\n\rprompt_tokens\x18\x02 \x03(\x0b\x32\x16.router.v1.TokenOutput\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\rB\x10\n\x0e_stop_token_id\"\x98\x01\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x15\n\rweight_digest\x18\x04 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x05 \x01(\t\x12&\n\x05state\x18\x06 \x01(\x0e\x32\x17.router.v1.ReplicaState\"d\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06hosted\x18\x02 \x03(\x0b\x32\x17.experts.v1.ExpertRange\x12$\n\x08replicas\x18\x03 \x03(\x0b\x32\x12.router.v1.Replica\"@\n\x0b\x45xpertTable\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12 \n\x06groups\x18\x02 \x03(\x0b\x32\x10.router.v1.Group\"A\n\x18UpdateExpertTableRequest\x12%\n\x05table\x18\x01 \x01(\x0b\x32\x16.router.v1.ExpertTable\",\n\x19UpdateExpertTableResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x0f\n\rStatusRequest\"\xae\x03\n\x0eStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x15\n\rtable_version\x18\x06 \x01(\x04\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x17\n\x0f\x63urrent_step_ms\x18\n \x01(\r\x12\x1d\n\x15\x63onnected_replica_ids\x18\x0b \x03(\t\x12\x15\n\rload_progress\x18\x0c \x01(\x02\x12\x12\n\nnum_blocks\x18\r \x01(\r\x12\x17\n\x0fnum_blocks_held\x18\x0e \x01(\r\x12\x17\n\x0fnum_blocks_idle\x18\x0f \x01(\r\x12\x12\n\nblock_size\x18\x10 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x11 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x12 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x13 \x01(\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x96\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x16\n\x12REPLICA_STATE_DEAD\x10\x04\x32\xb1\x02\n\rRouterService\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12^\n\x11UpdateExpertTable\x12#.router.v1.UpdateExpertTableRequest\x1a$.router.v1.UpdateExpertTableResponse\x12:\n\x05\x44rain\x12\x17.router.v1.DrainRequest\x1a\x18.router.v1.DrainResponse\x12=\n\x06Status\x12\x18.router.v1.StatusRequest\x1a\x19.router.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,38 +34,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1796
-  _globals['_FINISHREASON']._serialized_end=1891
-  _globals['_REPLICASTATE']._serialized_start=1894
-  _globals['_REPLICASTATE']._serialized_end=2044
+  _globals['_FINISHREASON']._serialized_start=2048
+  _globals['_FINISHREASON']._serialized_end=2143
+  _globals['_REPLICASTATE']._serialized_start=2146
+  _globals['_REPLICASTATE']._serialized_end=2296
   _globals['_SAMPLINGPARAMS']._serialized_start=64
   _globals['_SAMPLINGPARAMS']._serialized_end=381
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=310
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=358
   _globals['_GENERATEREQUEST']._serialized_start=384
-  _globals['_GENERATEREQUEST']._serialized_end=689
-  _globals['_TOKENOUTPUT']._serialized_start=691
-  _globals['_TOKENOUTPUT']._serialized_end=801
-  _globals['_GENERATERESPONSE']._serialized_start=804
-  _globals['_GENERATERESPONSE']._serialized_end=1003
-  _globals['_REPLICA']._serialized_start=1006
-  _globals['_REPLICA']._serialized_end=1158
-  _globals['_GROUP']._serialized_start=1160
-  _globals['_GROUP']._serialized_end=1260
-  _globals['_EXPERTTABLE']._serialized_start=1262
-  _globals['_EXPERTTABLE']._serialized_end=1326
-  _globals['_UPDATEEXPERTTABLEREQUEST']._serialized_start=1328
-  _globals['_UPDATEEXPERTTABLEREQUEST']._serialized_end=1393
-  _globals['_UPDATEEXPERTTABLERESPONSE']._serialized_start=1395
-  _globals['_UPDATEEXPERTTABLERESPONSE']._serialized_end=1439
-  _globals['_DRAINREQUEST']._serialized_start=1441
-  _globals['_DRAINREQUEST']._serialized_end=1475
-  _globals['_DRAINRESPONSE']._serialized_start=1477
-  _globals['_DRAINRESPONSE']._serialized_end=1513
-  _globals['_STATUSREQUEST']._serialized_start=1515
-  _globals['_STATUSREQUEST']._serialized_end=1530
-  _globals['_STATUSRESPONSE']._serialized_start=1533
-  _globals['_STATUSRESPONSE']._serialized_end=1794
-  _globals['_ROUTERSERVICE']._serialized_start=2047
-  _globals['_ROUTERSERVICE']._serialized_end=2352
+  _globals['_GENERATEREQUEST']._serialized_end=749
+  _globals['_TOKENOUTPUT']._serialized_start=751
+  _globals['_TOKENOUTPUT']._serialized_end=861
+  _globals['_GENERATERESPONSE']._serialized_start=864
+  _globals['_GENERATERESPONSE']._serialized_end=1086
+  _globals['_REPLICA']._serialized_start=1089
+  _globals['_REPLICA']._serialized_end=1241
+  _globals['_GROUP']._serialized_start=1243
+  _globals['_GROUP']._serialized_end=1343
+  _globals['_EXPERTTABLE']._serialized_start=1345
+  _globals['_EXPERTTABLE']._serialized_end=1409
+  _globals['_UPDATEEXPERTTABLEREQUEST']._serialized_start=1411
+  _globals['_UPDATEEXPERTTABLEREQUEST']._serialized_end=1476
+  _globals['_UPDATEEXPERTTABLERESPONSE']._serialized_start=1478
+  _globals['_UPDATEEXPERTTABLERESPONSE']._serialized_end=1522
+  _globals['_DRAINREQUEST']._serialized_start=1524
+  _globals['_DRAINREQUEST']._serialized_end=1558
+  _globals['_DRAINRESPONSE']._serialized_start=1560
+  _globals['_DRAINRESPONSE']._serialized_end=1596
+  _globals['_STATUSREQUEST']._serialized_start=1598
+  _globals['_STATUSREQUEST']._serialized_end=1613
+  _globals['_STATUSRESPONSE']._serialized_start=1616
+  _globals['_STATUSRESPONSE']._serialized_end=2046
+  _globals['_ROUTERSERVICE']._serialized_start=2299
+  _globals['_ROUTERSERVICE']._serialized_end=2604
 # @@protoc_insertion_point(module_scope)

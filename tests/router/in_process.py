@@ -21,6 +21,7 @@ from experts.server import ExpertServer, ReplicaIdentity
 from experts.weights import load_expert_weights
 from experts.wire import ComputeFrame, ComputeStatus, encode_refusal, encode_response
 from router.decoder_layer import ExpertDispatcher
+from router.drafter import Drafter
 from router.engine import Engine
 from router.expert_table import ExpertTable, GroupEntry, ReplicaEntry
 from router.latent_cache import LatentCache
@@ -185,6 +186,7 @@ def build_engine(
     limits: SchedulerLimits | None = None,
     max_model_len: int = 256,
     deterministic: bool = True,
+    drafter: Drafter | None = None,
 ) -> Engine:
     checkpoint = Checkpoint(folder)
     limits = limits or SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, num_blocks=128, max_waiting=32)
@@ -197,7 +199,7 @@ def build_engine(
             max_model_len=max_model_len,
             deterministic=deterministic,
         )
-    return Engine(checkpoint.config, trunk, limits, max_model_len=max_model_len)
+    return Engine(checkpoint.config, trunk, limits, max_model_len=max_model_len, drafter=drafter)
 
 
 @contextlib.asynccontextmanager

@@ -3,15 +3,17 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as Series
 from pathlib import Path
 
 import pytest
 
+from router.drafter import DraftInput
 from router.engine import Engine
 from router.errors import BadRequest, ExpertsUnavailable, NotReady
 from router.sampler import SamplingParams
 from router.scheduler import SchedulerLimits
-from router.sequence import FinishReason
+from router.sequence import FinishReason, Sequence
 from tests.router.in_process import DEADLINE_S, LocalDispatcher, build_engine, collect, load_groups, request, token_ids
 from tests.tolerances import LOGPROB_BY_DTYPE
 
@@ -157,3 +159,125 @@ async def test_progress_shows_a_step_that_does_not_end(tiny_checkpoint: Path) ->
         dispatcher.gate.set()
         await collect(sequence)
         assert engine.progress().num_steps == 8
+
+
+# Room for one long sequence, or two short ones.
+SMALL = SchedulerLimits(max_num_seqs=8, max_batched_tokens=64, num_blocks=5, max_waiting=32)
+
+
+async def test_preempted_sequences_get_what_they_get_alone_and_nothing_twice(tiny_checkpoint: Path) -> None:
+    asked = [request(prompt, 60, logprobs=1, prompt_logprobs=1) for prompt in PROMPTS]
+    async with running(tiny_checkpoint) as (engine, _):
+        alone = [await collect(engine.submit(each)) for each in asked]
+    async with running(tiny_checkpoint, limits=SMALL) as (engine, _):
+        sequences = [engine.submit(each) for each in asked]
+        together = [await collect(sequence) for sequence in sequences]
+        assert engine.progress().num_preemptions > 0
+        engine.check_integrity()
+        assert engine.progress().num_blocks_held == 0
+    assert [token_ids(output) for output in together] == [token_ids(output) for output in alone]
+    for found, expected in zip(together, alone, strict=True):
+        assert [token.token_id for token in found.prompt_tokens] == [token.token_id for token in expected.prompt_tokens]
+        for a, b in zip(
+            found.tokens + found.prompt_tokens[1:], expected.tokens + expected.prompt_tokens[1:], strict=True
+        ):
+            assert a.logprobs is not None and b.logprobs is not None
+            assert a.logprobs.logprob == pytest.approx(b.logprobs.logprob, abs=LOGPROB_BY_DTYPE["float32"])
+
+
+async def test_a_request_that_could_never_run_is_refused(tiny_checkpoint: Path) -> None:
+    async with running(tiny_checkpoint, limits=SMALL) as (engine, _):
+        with pytest.raises(BadRequest, match="needs 161 tokens of KV cache, this router holds 160"):
+            engine.submit(request([0] * 100, 61))
+        assert len((await collect(engine.submit(request([0] * 100, 60)))).tokens) == 60
+
+
+async def test_a_known_prefix_is_reused_and_changes_nothing(tiny_checkpoint: Path) -> None:
+    prompt = [0, *range(20, 120)]
+    async with running(tiny_checkpoint) as (engine, _):
+        first, again = engine.submit(request(prompt, 10)), None
+        expected = token_ids(await collect(first))
+        again = engine.submit(request(prompt, 10))
+        assert token_ids(await collect(again)) == expected
+        other = engine.submit(request(prompt, 10, cache_salt="another tenant"))
+        assert token_ids(await collect(other)) == expected
+        judged = engine.submit(request(prompt, 0, prompt_logprobs=0))
+        assert len((await collect(judged)).prompt_tokens) == len(prompt)
+        assert [s.num_cached_tokens for s in (first, again, other, judged)] == [0, 96, 0, 0]
+        assert engine.progress().num_cached_tokens == 96
+        engine.check_integrity()
+
+
+async def test_cancelled_sequences_leave_no_block_behind(tiny_checkpoint: Path) -> None:
+    async with running(tiny_checkpoint, limits=SMALL) as (engine, _):
+        sequences = [engine.submit(request(prompt, 60)) for prompt in PROMPTS]
+        for sequence in sequences[::2]:
+            await asyncio.wait_for(sequence.outputs.get(), DEADLINE_S)
+            engine.cancel(sequence)
+            engine.check_integrity()
+        for sequence in sequences[1::2]:
+            assert len((await collect(sequence)).tokens) == 60
+        engine.check_integrity()
+        assert engine.progress().num_blocks_held == 0
+
+
+class ScriptedDrafter:
+    """Guesses what the answer is known to be, but every fifth token wrong."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.answers: dict[tuple[int, ...], list[int]] = {}
+        self.num_drafts = 0
+        self.num_accepted = 0
+
+    def choose_depth(self, sequence: Sequence) -> int:
+        return self.depth
+
+    def note_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        self.num_drafts += num_drafts
+        self.num_accepted += num_accepted
+
+    async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:
+        guesses: list[list[int]] = []
+        for sequence, hidden_states, start, num_drafts in inputs:
+            assert start + len(hidden_states) == sequence.num_computed < len(sequence.token_ids)
+            text = self.answers[sequence.request.prompt_token_ids]
+            first = sequence.num_generated
+            guess = [token if (first + i) % 5 else (token + 1) % 320 for i, token in enumerate(text[first:])]
+            guesses.append(guess[:num_drafts])
+        return guesses
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+async def test_drafts_change_the_number_of_steps_and_nothing_else(tiny_checkpoint: Path, depth: int) -> None:
+    warm = SamplingParams(temperature=1.0, top_k=0, top_p=0.95, min_p=0.0, seed=7)
+    asked = [request(prompt, 40, logprobs=1, sampling=warm) for prompt in PROMPTS]
+    async with running(tiny_checkpoint) as (engine, _):
+        alone = [await collect(engine.submit(each)) for each in asked]
+    drafter = ScriptedDrafter(depth)
+    drafter.answers = {each.prompt_token_ids: token_ids(output) for each, output in zip(asked, alone, strict=True)}
+    async with running(tiny_checkpoint, drafter=drafter) as (engine, _):
+        sequences = [engine.submit(each) for each in asked]
+        together = [await collect(sequence) for sequence in sequences]
+        engine.check_integrity()
+        assert engine.progress().num_steps < 40
+    assert 0 < drafter.num_accepted < drafter.num_drafts
+    assert [token_ids(output) for output in together] == [token_ids(output) for output in alone]
+    for found, expected in zip(together, alone, strict=True):
+        assert found.finish_reason is FinishReason.LENGTH
+        for a, b in zip(found.tokens, expected.tokens, strict=True):
+            assert a.logprobs is not None and b.logprobs is not None
+            assert a.logprobs.logprob == pytest.approx(b.logprobs.logprob, abs=LOGPROB_BY_DTYPE["float32"])
+
+
+async def test_a_stop_id_among_accepted_drafts_ends_the_sequence_there(tiny_checkpoint: Path) -> None:
+    async with running(tiny_checkpoint) as (engine, _):
+        free = token_ids(await collect(engine.submit(request(PROMPTS[3], 12))))
+    drafter = ScriptedDrafter(3)
+    drafter.answers = {tuple(PROMPTS[3]): free}
+    stop = free[6]
+    async with running(tiny_checkpoint, drafter=drafter) as (engine, _):
+        ended = await collect(engine.submit(request(PROMPTS[3], 12, stop_token_ids=frozenset({stop}))))
+        assert engine.progress().num_blocks_held == 0
+    assert (ended.finish_reason, ended.stop_token_id) == (FinishReason.STOP, stop)
+    assert token_ids(ended) == free[: free.index(stop) + 1]
