@@ -24,6 +24,11 @@ MAX_MICRO_BATCHES = 8
 CHOICES = (1, 2, 4)
 # A comparison: so many steps each way, in turns.
 STEPS_COMPARED = 5
+# It ends early, and the next one is far off, when the other way is clearly slower: every step of it, of so many at
+# least, took so much longer than the median of the way in force. On two shared cores, trying at every turn cost 8 % of
+# the demo's throughput (tests/benchmarks/latency_hiding.py).
+LEAST_STEPS_COMPARED, CLEARLY_SLOWER = 2, 1.08
+CLEAR_PAUSE_FACTOR = 8
 # The other way must take this much less time to be taken: medians of a few steps differ by as much for no reason.
 LEAST_GAIN = 0.03
 # Waiting is all that can be gained: below this share of a step nothing more is tried.
@@ -124,7 +129,7 @@ class _SizeClass:
         comparison = self._comparison
         if comparison is not None:
             comparison.step_s[choice].append(times.step_s)
-            if comparison.num_asked >= 2 * STEPS_COMPARED:
+            if comparison.num_asked >= 2 * STEPS_COMPARED or self._is_clearly_slower(comparison):
                 self._conclude(comparison)
             return
         self._num_until -= 1
@@ -154,6 +159,13 @@ class _SizeClass:
             self._try_fewer = not self._try_fewer
             self._comparison = _Comparison(others[0] if self._try_fewer else others[-1])
 
+    def _is_clearly_slower(self, comparison: _Comparison) -> bool:
+        found, other = comparison.step_s[self.choice], comparison.step_s[comparison.other]
+        return (
+            min(len(found), len(other)) >= LEAST_STEPS_COMPARED
+            and min(other) > CLEARLY_SLOWER * statistics.median(found)
+        )  # fmt: skip
+
     def _conclude(self, comparison: _Comparison) -> None:
         self._comparison = None
         found, other = comparison.step_s[self.choice], comparison.step_s[comparison.other]
@@ -163,7 +175,10 @@ class _SizeClass:
             self._wait_shares.clear()
             self._compared_share = None
         else:
-            self._pause = min(2 * self._pause, LAST_PAUSE)
+            # With several parts, waiting may be covered already, and then only trying shows that there is none left.
+            is_plain = self.choice == 0 and self._is_clearly_slower(comparison)
+            factor = CLEAR_PAUSE_FACTOR if is_plain else 2
+            self._pause = min(factor * self._pause, LAST_PAUSE)
         self._num_until = self._pause
 
 

@@ -58,6 +58,12 @@ def test_where_experts_share_the_cores_it_stays_off_and_hardly_tries() -> None:
     assert any(count != 1 for count in chosen)
 
 
+def test_what_is_clearly_slower_is_given_up_after_few_steps() -> None:
+    chosen = drive(OverlapPolicy("auto"), lambda count: StepTimes(0.010 * count, 0.006), 100)
+    assert chosen.count(2) == 2
+    assert set(chosen) == {1, 2}
+
+
 def test_a_router_that_hardly_waits_never_tries() -> None:
     assert set(drive(OverlapPolicy("auto"), Machine(0.010, 0.0005, 0.001).step)) == {1}
 
