@@ -12,8 +12,9 @@ change keep a group from swinging.
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +33,16 @@ class AutoscaleRule:
     grow_after_s: float = 3.0
     shrink_after_s: float = 30.0
     cooldown_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What one replica said of itself."""
+
+    busy_share: float
+    queue_ms: float
+    # (row, expert) pairs per second of computing; None if it computed nothing.
+    pairs_per_busy_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +74,31 @@ class Decision:
     memory: GroupMemory = field(compare=False)
 
 
+def compute_group_load(loads: Sequence[ReplicaLoad]) -> GroupLoad | None:
+    """None without any report."""
+    if not loads:
+        return None
+    count = len(loads)
+    return GroupLoad(
+        count, sum(load.busy_share for load in loads) / count, sum(load.queue_ms for load in loads) / count
+    )
+
+
+def find_rule(group_name: str, rules: Sequence[tuple[str, AutoscaleRule]]) -> AutoscaleRule | None:
+    """The rule of the first pattern that matches, as in `g*` or `g0`."""
+    return next((rule for pattern, rule in rules if fnmatch.fnmatchcase(group_name, pattern)), None)
+
+
 def decide_all(
     rules: Mapping[str, AutoscaleRule],
     counts: Mapping[str, int],
     settled: Mapping[str, bool],
-    loads: Mapping[str, GroupLoad],
+    loads: Mapping[str, GroupLoad | None],
     memories: Mapping[str, GroupMemory],
     now_s: float,
 ) -> list[Decision]:
-    """One decision per group that has a rule. counts: desired replicas; settled: whether those all serve."""
+    """One decision per group that has a rule. counts: desired replicas; settled: whether those all serve; loads: None
+    where no replica has reported."""
     return [
         decide(name, rule, counts[name], settled[name], loads.get(name), memories.get(name, GroupMemory()), now_s)
         for name, rule in rules.items()

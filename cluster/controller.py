@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from cluster import desired_state
+from cluster import autoscaler, desired_state
+from cluster.autoscaler import Decision, GroupMemory, ReplicaLoad, compute_group_load, find_rule
 from cluster.desired_state import DesiredState
 from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
@@ -58,6 +59,8 @@ LOOP_INTERVAL_S = 0.1
 # Which actors exist is asked less often: only an actor that failed in its constructor needs it.
 LIST_INTERVAL_S = 1.0
 RAY_CALL_TIMEOUT_S = 10.0
+# As often as replicas are asked for their load.
+AUTOSCALE_INTERVAL_S = 1.0
 # Frames take less than a second; a router closes its streams to a replica that left the table once they are answered.
 REPLICA_DRAIN_S = 30.0
 _GOOD_REASON = "as it should be"
@@ -90,6 +93,9 @@ class Prober(Protocol):
 
     @property
     def router_reports(self) -> Mapping[tuple[str, int], RouterReport]: ...
+
+    @property
+    def replica_loads(self) -> Mapping[tuple[str, int], ReplicaLoad]: ...
 
     def router_details(self) -> Mapping[tuple[str, int], Any]: ...
 
@@ -140,6 +146,12 @@ class ControllerLoop:
         self._listed_s: float | None = None
         # The last start seen of each actor.
         self._incarnations: dict[str, int] = {}
+        self._rules = {
+            group.name: rule for group in spec.groups if (rule := find_rule(group.name, spec.autoscale)) is not None
+        }
+        self._group_memories: dict[str, GroupMemory] = {}
+        self._decisions: Sequence[Decision] = ()
+        self._autoscaled_s: float | None = None
         self._drains: dict[tuple[str, int], asyncio.Task[None]] = {}
         # When the last turn ended, by the clock: proof that the loop moves.
         self.turned_s: float | None = None
@@ -171,6 +183,7 @@ class ControllerLoop:
             await self._change(
                 lambda desired: desired_state.advance_rollout(desired, self._list_taken_ids()), "rolling replacement"
             )
+        await self._autoscale(plan)
         await self._store_events()
         return plan
 
@@ -187,16 +200,17 @@ class ControllerLoop:
             }
             for (router_id, _), status in self._prober.router_details().items()
         }
-        return build_status(self._spec, self._desired, self._observation, self._get_plan(), details)
+        loads = self._prober.replica_loads
+        return build_status(self._spec, self._desired, self._observation, self._get_plan(), details, loads)
 
     def get_plan_view(self) -> dict[str, Any]:
-        return build_plan_view(self._desired, self._observation, self._get_plan())
+        return build_plan_view(self._desired, self._observation, self._get_plan(), self._decisions)
 
     def get_events(self, after: int) -> list[dict[str, Any]]:
         """Events with a greater sequence number, oldest first."""
         return self._events.get_after(after)
 
-    async def scale(self, counts: Mapping[str, int], force: bool) -> int:
+    async def scale(self, counts: Mapping[str, int], force: bool, reason: str = "scaled by the admin API") -> int:
         """Returns the version of the desired state. Raises ChangeRefused or StoreUnavailable: nothing was changed."""
 
         def change(desired: DesiredState) -> DesiredState:
@@ -208,7 +222,7 @@ class ControllerLoop:
             taken_ids = self._list_taken_ids()
             return desired_state.scale(desired, counts, force=force, taken_ids=taken_ids, serving_ids=ready_ids)
 
-        return await self._change(change, "scaled by the admin API")
+        return await self._change(change, reason)
 
     async def replace_replica(self, replica_id: str) -> int:
         """Let one replica leave once another has taken its place. Raises as scale does."""
@@ -249,6 +263,47 @@ class ControllerLoop:
                 self._events.add("cluster", "restart", f"{', '.join(after.rollout)}, one at a time: {reason}")
             logger.info("desired state version=%d reason=%s", after.version, reason)
             return after.version
+
+    async def _autoscale(self, plan: Plan) -> None:
+        """Judge every group that has a rule by its own load, once per AUTOSCALE_INTERVAL_S."""
+        now_s = self._observation.now_s
+        is_due = self._autoscaled_s is None or now_s - self._autoscaled_s >= AUTOSCALE_INTERVAL_S
+        if not self._rules or not is_due or self._desired.rollout or self._observation.existing_ids is None:
+            return
+        self._autoscaled_s = now_s
+        counts = {group.name: len(group.member_ids) for group in self._desired.groups}
+        loads = {
+            group.name: compute_group_load(self._list_loads(plan, group.member_ids)) for group in self._desired.groups
+        }
+        settled = {name: plan.is_group_ready(name, counts[name]) for name in counts}
+        self._decisions = autoscaler.decide_all(self._rules, counts, settled, loads, self._group_memories, now_s)
+        if self._observation.draining:
+            return
+        for decision in self._decisions:
+            if decision.action == "keep":
+                self._group_memories[decision.group_name] = decision.memory
+            elif not self._spec.autoscale_dry_run:
+                await self._scale_group(decision)
+
+    async def _scale_group(self, decision: Decision) -> None:
+        try:
+            await self.scale(
+                {decision.group_name: decision.num_replicas}, force=False, reason=f"autoscaled: {decision.reason}"
+            )
+        except (ChangeRefused, StoreUnavailable) as error:
+            logger.warning("not autoscaled group=%s: %s", decision.group_name, error)
+            return
+        self._group_memories[decision.group_name] = decision.memory
+
+    def _list_loads(self, plan: Plan, member_ids: Sequence[str]) -> list[ReplicaLoad]:
+        loads = self._prober.replica_loads
+        return [
+            loads[member_id, record.incarnation]
+            for member_id in member_ids
+            if (record := self._observation.replicas.get(member_id)) is not None
+            and (member_id, record.incarnation) in loads
+            and plan.replicas[member_id].state is ActorState.READY
+        ]
 
     def _get_plan(self) -> Plan:
         return self._plan or compute_plan(self._spec, self._desired, self._observation, self._memory or Memory())

@@ -173,6 +173,13 @@ class Plan:
             self.waiting or self.actions or self.leaving_ids or desired.rollout
         )
 
+    def is_group_ready(self, name: str, count: int) -> bool:
+        """Whether the group has exactly this many replicas, all of them ready."""
+        states = [
+            status.state for replica_id, status in self.replicas.items() if parse_replica_id(replica_id)[0] == name
+        ]
+        return len(states) == count and all(state is ActorState.READY for state in states)
+
 
 def compute_plan(spec: ClusterSpec, desired: DesiredState, observation: Observation, memory: Memory) -> Plan:
     members = {group.name: group.member_ids for group in desired.groups}

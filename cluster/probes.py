@@ -19,7 +19,9 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.autoscaler import ReplicaLoad
 from cluster.planner import Health, RouterReport
+from experts.v1 import experts_pb2, experts_pb2_grpc
 from router.expert_table import ExpertTable, table_to_proto
 from router.v1 import router_pb2, router_pb2_grpc
 
@@ -72,6 +74,16 @@ class Probes:
     @property
     def replica_health(self) -> dict[Target, Health]:
         return {target: probe.health for target, probe in self._replicas.items() if probe.health is not None}
+
+    @property
+    def replica_loads(self) -> dict[Target, ReplicaLoad]:
+        """What replicas that answer said last of their load."""
+        return {target: probe.load for target, probe in self._replicas.items() if probe.load is not None}
+
+    async def fetch_pairs(self) -> list[experts_pb2.LoadResponse]:
+        """Ask every replica which experts it was asked for. Those that do not answer are left out."""
+        answers = await asyncio.gather(*(probe.fetch_pairs() for probe in self._replicas.values()))
+        return [answer for answer in answers if answer is not None]
 
     @property
     def router_reports(self) -> dict[Target, RouterReport]:
@@ -140,10 +152,12 @@ class _ReplicaProbe(_Probe):
     def __init__(self, target: Target, endpoint: str) -> None:
         super().__init__(target, endpoint)
         self.health: Health | None = None
+        self.load: ReplicaLoad | None = None
         self._num_refused = 0
         self._num_silent = 0
         # Typed loosely: grpc_health ships no types for its stub.
         self._stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        self._experts = experts_pb2_grpc.ExpertServiceStub(self._channel)
 
     async def _check(self) -> float:
         request = health_pb2.HealthCheckRequest(service=EXPERT_SERVICE)
@@ -158,11 +172,35 @@ class _ReplicaProbe(_Probe):
                 if self.health is not Health.GONE:
                     logger.warning("replica gone replica_id=%s reason=%s", self.target[0], error.code().name)
                 self.health = Health.GONE
+                self.load = None
             return SHORT_INTERVAL_S
         self._num_refused = self._num_silent = 0
+        await self._fetch_load()
         serving = response.status == health_pb2.HealthCheckResponse.SERVING
         self.health = Health.SERVING if serving else Health.NOT_SERVING
         return INTERVAL_S
+
+    async def fetch_pairs(self) -> experts_pb2.LoadResponse | None:
+        try:
+            return await self._experts.Load(experts_pb2.LoadRequest(with_pairs=True), timeout=CHECK_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            logger.info("load unknown replica_id=%s reason=%s", self.target[0], error.code().name)
+            return None
+
+    async def _fetch_load(self) -> None:
+        """Health decides alone whether a replica is used; without figures it is only not counted."""
+        try:
+            answer = await self._experts.Load(experts_pb2.LoadRequest(), timeout=CHECK_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            logger.debug("load unknown replica_id=%s reason=%s", self.target[0], error.code().name)
+            self.load = None
+            return
+        busy_s = answer.busy_share * answer.window_s
+        self.load = ReplicaLoad(
+            busy_share=answer.busy_share,
+            queue_ms=answer.queue_ms,
+            pairs_per_busy_s=answer.num_pairs / busy_s if busy_s > 0 else None,
+        )
 
 
 class _RouterProbe(_Probe):

@@ -164,6 +164,8 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
         ),
         listen_on="loopback",
         own_ray=settings.address is None,
+        autoscale=tuple((pattern, rule.build_rule()) for pattern, rule in settings.autoscale.items()),
+        autoscale_dry_run=settings.autoscale_dry_run,
     )
     # Only now: a start that is refused is one line.
     logger.info("settings %s", settings.describe())

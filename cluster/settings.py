@@ -14,8 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from cluster.autoscaler import AutoscaleRule
 from cluster.errors import SettingsError
 from router.overlap_policy import MicroBatchSetting, parse_micro_batches
 
@@ -26,6 +36,39 @@ _OTHER_VARIABLES = frozenset({"SHOAL_STATE_DIR", "SHOAL_URL", "SHOAL_SESSION"})
 _SERVICE_LINK = re.compile(r"SHOAL(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP)(_[A-Z]+)?)?)")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class AutoscaleSettings(BaseModel):
+    """How many replicas a group may have by itself, and for what load; see cluster/autoscaler.py."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: Annotated[int, Field(ge=1, le=64)] = Field(1, description="fewest replicas")
+    max: Annotated[int, Field(ge=1, le=64)] = Field(4, description="most replicas")
+    busy_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.6, description="part of the time that a replica should compute"
+    )
+    queue_ms: Annotated[float, Field(gt=0)] = Field(5.0, description="mean wait of a frame in ms above which it grows")
+    grow_after_s: Annotated[float, Field(ge=0)] = Field(3.0, description="seconds of too much load before it grows")
+    shrink_after_s: Annotated[float, Field(ge=0)] = Field(30.0, description="seconds of too little before it shrinks")
+    cooldown_s: Annotated[float, Field(ge=0)] = Field(10.0, description="seconds after a change without another")
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+    def build_rule(self) -> AutoscaleRule:
+        return AutoscaleRule(
+            min_replicas=self.min,
+            max_replicas=self.max,
+            target_busy_share=self.busy_share,
+            target_queue_ms=self.queue_ms,
+            grow_after_s=self.grow_after_s,
+            shrink_after_s=self.shrink_after_s,
+            cooldown_s=self.cooldown_s,
+        )
 
 
 class ServeSettings(BaseModel):
@@ -76,6 +119,11 @@ class ServeSettings(BaseModel):
     model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="name of the model in the API; None: the name of the checkpoint's folder"
     )
+    autoscale: dict[str, AutoscaleSettings] = Field(
+        default_factory=dict,
+        description='replicas by load, e.g. {"g*": {min: 1, max: 4}}, the first pattern that matches; empty: fixed',
+    )
+    autoscale_dry_run: bool = Field(False, description="let `shoal plan` say what autoscaling would do, and do nothing")
     drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = Field(
         120.0, description="seconds that running requests may take to end when the cluster stops"
     )
@@ -83,6 +131,17 @@ class ServeSettings(BaseModel):
         1800.0, description="seconds until the cluster must be ready, loading included"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe message shown")
+
+    @field_validator("autoscale", mode="before")
+    @classmethod
+    def _read_text(cls, value: object) -> object:
+        """Flags and variables give the mapping as text."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError('must be a mapping such as {"g*": {max: 4}}') from None
 
     @model_validator(mode="after")
     def _refuse_what_is_not_there(self) -> Self:

@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from cluster.autoscaler import AutoscaleRule
 from cluster.errors import BadRecord
 from experts.expert_range import ExpertRange, split_experts
 from experts.model_config import ModelConfig
@@ -57,6 +58,10 @@ class ClusterSpec:
     listen_on: Literal["loopback", "node"]
     # The Ray cluster was started by `shoal serve` itself, so processes inherit its environment.
     own_ray: bool
+    # Group name pattern -> rule, the first match counts; groups without one keep their number of replicas.
+    autoscale: tuple[tuple[str, AutoscaleRule], ...] = ()
+    # Decide and say so, but change nothing.
+    autoscale_dry_run: bool = False
 
     @property
     def replica_groups(self) -> dict[str, GroupSpec]:
@@ -105,6 +110,7 @@ def spec_from_json(data: bytes) -> ClusterSpec:
             groups=groups,
             router_ids=tuple(values.pop("router_ids")),
             router=RouterSpec(**values.pop("router")),
+            autoscale=tuple((pattern, AutoscaleRule(**rule)) for pattern, rule in values.pop("autoscale")),
             **values,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.autoscaler import Decision, ReplicaLoad
 from cluster.desired_state import DesiredState
 from cluster.planner import (
     ActorState,
@@ -28,8 +29,10 @@ def build_status(
     observation: Observation,
     plan: Plan,
     details: Mapping[str, Mapping[str, Any]],
+    loads: Mapping[tuple[str, int], ReplicaLoad],
 ) -> dict[str, Any]:
-    """The status object. details: figures of each router by id, as its own Status gave them."""
+    """The status object. details: figures of each router by id, as its own Status gave them. loads: of replicas, by id
+    and incarnation."""
     return {
         "model": spec.model_name,
         "checkpoint": spec.checkpoint,
@@ -51,11 +54,17 @@ def build_status(
             }
             for router_id in spec.router_ids
         ],
-        "groups": [_describe_group(spec_group, desired, observation, plan) for spec_group in spec.groups],
+        "groups": [_describe_group(spec_group, desired, observation, plan, loads) for spec_group in spec.groups],
     }
 
 
-def _describe_group(group: GroupSpec, desired: DesiredState, observation: Observation, plan: Plan) -> dict[str, Any]:
+def _describe_group(
+    group: GroupSpec,
+    desired: DesiredState,
+    observation: Observation,
+    plan: Plan,
+    loads: Mapping[tuple[str, int], ReplicaLoad],
+) -> dict[str, Any]:
     return {
         "name": group.name,
         "desired_replicas": len(desired.get_group(group.name).member_ids),
@@ -70,6 +79,7 @@ def _describe_group(group: GroupSpec, desired: DesiredState, observation: Observ
                 "weight_digest": record.weight_digest
                 if (record := observation.replicas.get(replica_id)) is not None
                 else None,
+                "load": _describe_load(loads.get((replica_id, record.incarnation))) if record is not None else None,
             }
             for replica_id in plan.replicas
             if parse_replica_id(replica_id)[0] == group.name
@@ -93,7 +103,20 @@ def _describe_process(record: ActorRecord | None) -> dict[str, Any]:
     }
 
 
-def build_plan_view(desired: DesiredState, observation: Observation, plan: Plan) -> dict[str, Any]:
+def _describe_load(load: ReplicaLoad | None) -> dict[str, float | None] | None:
+    if load is None:
+        return None
+    speed = load.pairs_per_busy_s
+    return {
+        "busy_share": round(load.busy_share, 4),
+        "queue_ms": round(load.queue_ms, 3),
+        "pairs_per_busy_s": None if speed is None else round(speed, 1),
+    }
+
+
+def build_plan_view(
+    desired: DesiredState, observation: Observation, plan: Plan, decisions: Sequence[Decision]
+) -> dict[str, Any]:
     """What the controller does now and what it waits for.
 
     action of a step is one of push, create, drain, remove, wait, replace.
@@ -120,15 +143,28 @@ def build_plan_view(desired: DesiredState, observation: Observation, plan: Plan)
         "settled": plan.is_settled(desired),
         "groups": [{"name": group.name, "members": list(group.member_ids)} for group in desired.groups],
         "steps": steps,
+        "autoscale": [
+            {
+                "group": decision.group_name,
+                "action": decision.action,
+                "replicas": decision.num_replicas,
+                "reason": decision.reason,
+            }
+            for decision in decisions
+        ],
     }
 
 
 def render_plan(view: Mapping[str, Any]) -> str:
     """One line per step."""
-    if not view["steps"]:
-        return f"nothing to do: the cluster is as desired (version {view['desired_version']})"
     lines = [] if view["control_plane"] else ["Ray's control service does not answer: all of this waits for it"]
+    if not view["steps"]:
+        lines.append(f"nothing to do: the cluster is as desired (version {view['desired_version']})")
     lines.extend(f"{step['action']:8} {step['object']}: {step['reason']}" for step in view["steps"])
+    lines.extend(
+        f"{item['action']:8} group {item['group']}: {item['replicas']} replicas; {item['reason']}"
+        for item in view["autoscale"]
+    )
     return "\n".join(lines)
 
 

@@ -1,8 +1,7 @@
 """How busy one expert replica is, and which of its experts are asked for: counters over a sliding window.
 
 The autoscaler needs busy share and queue delay, the rebalancer rows per (layer, expert). Both come from here and not
-from the routers, since only the replica sees the work of all routers. It knows no clock and no gRPC: times are handed
-in, and whoever serves them takes a snapshot.
+from the routers, since only the replica sees the work of all routers. It knows no clock: times are handed in.
 
 A frame costs one note_frame call, a few microseconds; a snapshot copies the counts.
 """
@@ -16,11 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from experts.expert_range import ExpertRange
+from experts.v1 import experts_pb2
+
 # Long enough to be steady, short enough to follow a step of the load within seconds.
 WINDOW_S = 10.0
 _NUM_SLOTS = 20
 # Expert popularity follows the topics of the requests, so it is counted over minutes.
 COUNT_WINDOW_S = 600.0
+_SLOT_S = WINDOW_S / _NUM_SLOTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,4 +136,26 @@ class LoadMeter:
         self._half_started_s = now_s
 
 
-_SLOT_S = WINDOW_S / _NUM_SLOTS
+def make_load_meter(hosted: Sequence[ExpertRange], now_s: float) -> LoadMeter:
+    """A meter for what one replica hosts."""
+    layer_ids = sorted({layer_id for block in hosted for layer_id in range(block.layer_start, block.layer_end)})
+    return LoadMeter(layer_ids, max(block.expert_end for block in hosted), now_s)
+
+
+def load_to_proto(meter: LoadMeter, incarnation: int, now_s: float, with_pairs: bool) -> experts_pb2.LoadResponse:
+    snapshot = meter.take_snapshot(now_s)
+    response = experts_pb2.LoadResponse(
+        incarnation=incarnation,
+        window_s=snapshot.window_s,
+        busy_share=snapshot.busy_share,
+        queue_ms=snapshot.queue_ms,
+        max_queue_ms=snapshot.max_queue_ms,
+        num_frames=snapshot.num_frames,
+        num_pairs=snapshot.num_pairs,
+        count_window_s=snapshot.count_window_s,
+    )
+    if with_pairs:
+        for layer_id, pairs in zip(meter.layer_ids, snapshot.pairs, strict=True):
+            if pairs.any():
+                response.layers.add(layer_id=layer_id, pairs=pairs.tolist())
+    return response

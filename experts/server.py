@@ -23,6 +23,7 @@ from experts import wire
 from experts.batcher import Batcher
 from experts.errors import BadFrame, Draining, ExpertsError, NotHosted, Overloaded, StaleIncarnation
 from experts.group import ExpertGroup
+from experts.load_meter import load_to_proto, make_load_meter
 from experts.v1 import experts_pb2
 from experts.wire import MAX_MESSAGE_BYTES, SERVICE_NAME, ComputeFrame, ComputeStatus
 
@@ -82,6 +83,7 @@ class ExpertServer:
         self._host = host
         self._port = port
         self._batcher = Batcher(group)
+        self._meter = make_load_meter(group.hosted, time.monotonic())
         self._state = threading.Condition()
         self._num_streams = 0
         self._is_draining = False
@@ -143,6 +145,11 @@ class ExpertServer:
                     request_deserializer=experts_pb2.DescribeRequest.FromString,
                     response_serializer=experts_pb2.DescribeResponse.SerializeToString,
                 ),
+                "Load": grpc.unary_unary_rpc_method_handler(
+                    self._load,
+                    request_deserializer=experts_pb2.LoadRequest.FromString,
+                    response_serializer=experts_pb2.LoadResponse.SerializeToString,
+                ),
                 "Compute": grpc.stream_stream_rpc_method_handler(self._compute_stream),
             },
         )
@@ -159,6 +166,9 @@ class ExpertServer:
             max_rows=self._group.max_rows,
             pid=os.getpid(),
         )
+
+    def _load(self, request: experts_pb2.LoadRequest, context: grpc.ServicerContext) -> Any:
+        return load_to_proto(self._meter, self._identity.incarnation, time.monotonic(), request.with_pairs)
 
     def _compute_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer the frames of one router, one by one, until it closes the stream."""
@@ -203,6 +213,13 @@ class ExpertServer:
             raise StaleIncarnation(f"this is incarnation {self._identity.incarnation}, not {frame.incarnation}")
         self._group.check_frame(frame)
         computed = self._batcher.compute(frame, received_s + frame.deadline_ms / 1000, context.is_active)
+        self._meter.note_frame(
+            frame.layer_id,
+            frame.pair_experts,
+            received_s=received_s,
+            started_s=computed.started_s,
+            ended_s=computed.ended_s,
+        )
         return wire.encode_response(
             frame_id=frame.frame_id,
             incarnation=self._identity.incarnation,

@@ -147,3 +147,39 @@ class ComputeResponse(_message.Message):
     header: ComputeResponseHeader
     tensors: bytes
     def __init__(self, header: _Optional[_Union[ComputeResponseHeader, _Mapping]] = ..., tensors: _Optional[bytes] = ...) -> None: ...
+
+class LoadRequest(_message.Message):
+    __slots__ = ("with_pairs",)
+    WITH_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    with_pairs: bool
+    def __init__(self, with_pairs: _Optional[bool] = ...) -> None: ...
+
+class LoadResponse(_message.Message):
+    __slots__ = ("incarnation", "window_s", "busy_share", "queue_ms", "max_queue_ms", "num_frames", "num_pairs", "count_window_s", "layers")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SHARE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    window_s: float
+    busy_share: float
+    queue_ms: float
+    max_queue_ms: float
+    num_frames: int
+    num_pairs: int
+    count_window_s: float
+    layers: _containers.RepeatedCompositeFieldContainer[LayerPairs]
+    def __init__(self, incarnation: _Optional[int] = ..., window_s: _Optional[float] = ..., busy_share: _Optional[float] = ..., queue_ms: _Optional[float] = ..., max_queue_ms: _Optional[float] = ..., num_frames: _Optional[int] = ..., num_pairs: _Optional[int] = ..., count_window_s: _Optional[float] = ..., layers: _Optional[_Iterable[_Union[LayerPairs, _Mapping]]] = ...) -> None: ...
+
+class LayerPairs(_message.Message):
+    __slots__ = ("layer_id", "pairs")
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    layer_id: int
+    pairs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer_id: _Optional[int] = ..., pairs: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -44,6 +44,11 @@ class ExpertServiceStub:
                 request_serializer=experts_dot_v1_dot_experts__pb2.ComputeRequest.SerializeToString,
                 response_deserializer=experts_dot_v1_dot_experts__pb2.ComputeResponse.FromString,
                 _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/experts.v1.ExpertService/Load',
+                request_serializer=experts_dot_v1_dot_experts__pb2.LoadRequest.SerializeToString,
+                response_deserializer=experts_dot_v1_dot_experts__pb2.LoadResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer:
@@ -64,6 +69,13 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Load(self, request, context):
+        """How busy this replica is and which experts are asked for, over sliding windows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Compute,
                     request_deserializer=experts_dot_v1_dot_experts__pb2.ComputeRequest.FromString,
                     response_serializer=experts_dot_v1_dot_experts__pb2.ComputeResponse.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=experts_dot_v1_dot_experts__pb2.LoadRequest.FromString,
+                    response_serializer=experts_dot_v1_dot_experts__pb2.LoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +149,33 @@ class ExpertService:
             '/experts.v1.ExpertService/Compute',
             experts_dot_v1_dot_experts__pb2.ComputeRequest.SerializeToString,
             experts_dot_v1_dot_experts__pb2.ComputeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/experts.v1.ExpertService/Load',
+            experts_dot_v1_dot_experts__pb2.LoadRequest.SerializeToString,
+            experts_dot_v1_dot_experts__pb2.LoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from cluster.autoscaler import ReplicaLoad
 from cluster.errors import StoreUnavailable
 from cluster.planner import Health, RouterReport
 from cluster.records import ReplicaRecord, RouterRecord, StartState, replica_key, router_key
@@ -159,6 +160,14 @@ class FakeProber:
         self.targets: tuple[Mapping[tuple[str, int], str], Mapping[tuple[str, int], str]] = ({}, {})
         self.pushed: list[tuple[tuple[str, int], int]] = []
         self.drained_s: list[float] = []
+        self.loads: dict[str, ReplicaLoad] = {}
+
+    @property
+    def replica_loads(self) -> dict[tuple[str, int], ReplicaLoad]:
+        """Every target has what the test set for its group."""
+        return {
+            target: self.loads[group] for target in self.targets[0] if (group := target[0].split("-")[0]) in self.loads
+        }
 
     def router_details(self) -> dict[tuple[str, int], Any]:
         return {}

@@ -1,9 +1,11 @@
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 
 from cluster import controller as controller_module
+from cluster.autoscaler import AutoscaleRule, ReplicaLoad
 from cluster.controller import ControllerLoop
 from cluster.desired_state import desired_from_json
 from cluster.errors import ChangeRefused, StoreUnavailable
@@ -288,3 +290,42 @@ async def run_until_settled(setting: Setting) -> None:
         if setting.loop.get_status()["settled"]:
             return
     raise AssertionError(setting.loop.get_plan_view())
+
+
+def make_autoscaled(dry_run: bool = False) -> Setting:
+    setting = Setting()
+    rule = AutoscaleRule(max_replicas=2, grow_after_s=2.0, shrink_after_s=4.0, cooldown_s=0.0)
+    spec = replace(make_spec(), autoscale=(("g*", rule),), autoscale_dry_run=dry_run)
+    setting.loop = ControllerLoop(spec, setting.store, setting.factory, setting.prober, setting.clock, lambda: 1000.0)
+    return setting
+
+
+async def test_only_the_hot_group_grows_and_shrinks_again_when_the_load_has_gone():
+    setting = make_autoscaled()
+    setting.prober.loads = {"g0": ReplicaLoad(0.95, 20.0, 100.0), "g1": ReplicaLoad(0.3, 0.1, 100.0)}
+    for _ in range(3):
+        setting.clock.now_s += 2.0
+        await setting.loop.step()
+    await run_until_settled(setting)
+    assert setting.factory.created == ["g0-1"]
+    assert setting.loop.get_status()["groups"][0]["replicas"][1]["load"]["busy_share"] == 0.95
+    reasons = [event["reason"] for event in setting.loop.get_events(0) if event["action"] == "change"]
+    assert "autoscaled: busy 95% of 60%" in reasons[0]
+    setting.prober.loads["g0"] = ReplicaLoad(0.01, 0.0, None)
+    for _ in range(5):
+        setting.clock.now_s += 2.0
+        await setting.loop.step()
+    await run_until_settled(setting)
+    assert setting.factory.killed == ["g0-1"]
+
+
+async def test_a_dry_run_says_what_it_would_do_and_does_nothing():
+    setting = make_autoscaled(dry_run=True)
+    setting.prober.loads = {"g0": ReplicaLoad(0.95, 20.0, 100.0)}
+    for _ in range(4):
+        setting.clock.now_s += 2.0
+        await setting.loop.step()
+    assert setting.factory.created == []
+    first, second = setting.loop.get_plan_view()["autoscale"]
+    assert (first["group"], first["action"], first["replicas"]) == ("g0", "grow", 2)
+    assert (second["action"], second["reason"]) == ("keep", "no replica has reported its load")

@@ -8,8 +8,10 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.autoscaler import ReplicaLoad
 from cluster.planner import Health
 from cluster.probes import EXPERT_SERVICE, Probes
+from experts.v1 import experts_pb2, experts_pb2_grpc
 from router.expert_table import ExpertTable
 from router.v1 import router_pb2, router_pb2_grpc
 
@@ -42,6 +44,12 @@ class FakeHealth(health_pb2_grpc.HealthServicer):
         return health_pb2.HealthCheckResponse(status=self.status)
 
 
+class FakeExperts(experts_pb2_grpc.ExpertServiceServicer):
+    async def Load(self, request: Any, context: Any) -> experts_pb2.LoadResponse:
+        layers = [experts_pb2.LayerPairs(layer_id=1, pairs=[2, 0, 4])] if request.with_pairs else []
+        return experts_pb2.LoadResponse(window_s=10, busy_share=0.5, queue_ms=2, num_pairs=60, layers=layers)
+
+
 class Server:
     def __init__(self) -> None:
         self.router = FakeRouter()
@@ -49,6 +57,7 @@ class Server:
         self.grpc = grpc.aio.server()
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.router, self.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
+        experts_pb2_grpc.add_ExpertServiceServicer_to_server(FakeExperts(), self.grpc)
         self.endpoint = f"127.0.0.1:{self.grpc.add_insecure_port('127.0.0.1:0')}"
 
 
@@ -81,6 +90,16 @@ async def test_health_is_followed_until_the_process_is_gone(server: Server, prob
     await wait_for(lambda: probes.replica_health[REPLICA] is Health.NOT_SERVING)
     await server.grpc.stop(None)
     await wait_for(lambda: probes.replica_health[REPLICA] is Health.GONE)
+
+
+async def test_load_is_asked_for_with_the_health_and_forgotten_when_the_process_is_gone(server: Server, probes: Probes):
+    probes.set_targets({REPLICA: server.endpoint, ("gone", 1): "127.0.0.1:1"}, {})
+    await wait_for(lambda: REPLICA in probes.replica_loads)
+    assert probes.replica_loads == {REPLICA: ReplicaLoad(busy_share=0.5, queue_ms=2.0, pairs_per_busy_s=12.0)}
+    answers = await probes.fetch_pairs()
+    assert [list(answer.layers[0].pairs) for answer in answers] == [[2, 0, 4]]
+    await server.grpc.stop(None)
+    await wait_for(lambda: probes.replica_loads == {})
 
 
 async def test_an_address_where_nobody_listens_is_found_gone(probes: Probes):

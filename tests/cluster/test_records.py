@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
+from cluster.autoscaler import AutoscaleRule
 from cluster.errors import BadRecord
 from cluster.planner import Memory
 from cluster.records import (
@@ -28,6 +31,8 @@ def test_records_survive_json():
 
 def test_spec_survives_json():
     assert spec_from_json(make_spec(2, 3).to_json()) == make_spec(2, 3)
+    autoscaled = replace(make_spec(), autoscale=(("g*", AutoscaleRule(max_replicas=3)),), autoscale_dry_run=True)
+    assert spec_from_json(autoscaled.to_json()) == autoscaled
 
 
 def test_table_and_digests_survive_json():

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,19 @@ def test_url_of_a_wildcard_address_can_be_used():
     settings = load_settings({"host": "0.0.0.0", "port": 80}, environ={})
     assert settings.url == "http://127.0.0.1:80"
     assert settings.admin_url == "http://127.0.0.1:81"
+
+
+def test_autoscale_rules_come_as_yaml_or_as_text():
+    rules = {"g0": {"min": 1, "max": 2}, "g*": {"busy_share": 0.5}}
+    for value in (rules, json.dumps(rules), "{g0: {min: 1, max: 2}, 'g*': {busy_share: 0.5}}"):
+        settings = load_settings({"autoscale": value}, environ={})
+        assert list(settings.autoscale) == ["g0", "g*"]
+        assert settings.autoscale["g0"].build_rule().max_replicas == 2
+
+
+@pytest.mark.parametrize(
+    "value", ["7", "{", '{"g0": {"mux": 3}}', '{"g0": {"min": 3, "max": 2}}', '{"g0": {"max": 0}}']
+)
+def test_bad_autoscale_rules_are_refused(value: str):
+    with pytest.raises(SettingsError, match="autoscale"):
+        load_settings({"autoscale": value}, environ={})

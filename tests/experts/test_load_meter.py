@@ -2,7 +2,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from experts.load_meter import COUNT_WINDOW_S, WINDOW_S, LoadMeter
+from experts.expert_range import ExpertRange
+from experts.load_meter import COUNT_WINDOW_S, WINDOW_S, LoadMeter, load_to_proto, make_load_meter
 
 EXPERTS = np.array([2, 0, 2], dtype=np.int32)
 
@@ -82,3 +83,13 @@ def test_counts_fade_with_the_count_window():
     assert meter.take_snapshot(2 * half_s + 2).pairs.sum() == 0
     note(meter, 2 * half_s + 2, 2 * half_s + 2, 2 * half_s + 3)
     assert meter.take_snapshot(10 * COUNT_WINDOW_S).pairs.sum() == 0
+
+
+def test_the_message_leaves_out_layers_without_pairs():
+    meter = make_load_meter((ExpertRange(1, 3, 0, 2), ExpertRange(2, 4, 2, 4)), 0.0)
+    note(meter, 0.0, 1.0, 2.0)
+    message = load_to_proto(meter, 7, 4.0, with_pairs=True)
+    assert (message.incarnation, message.num_pairs) == (7, 3)
+    assert message.busy_share == pytest.approx(0.25)
+    assert [(layer.layer_id, list(layer.pairs)) for layer in message.layers] == [(2, [1, 0, 2, 0])]
+    assert not load_to_proto(meter, 7, 4.0, with_pairs=False).layers

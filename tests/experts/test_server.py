@@ -164,6 +164,18 @@ def test_describes_itself(client: Client, group: GatedGroup) -> None:
     assert described.hidden_size == 192 and described.max_rows > 1000 and described.pid > 0
 
 
+def test_tells_how_busy_it_is_and_which_experts_were_asked_for(client: Client) -> None:
+    stub = experts_pb2_grpc.ExpertServiceStub(client.channel)
+    before = stub.Load(experts_pb2.LoadRequest(with_pairs=True), timeout=TIMEOUT_S)
+    assert (before.num_frames, len(before.layers)) == (0, 0)
+    client.ask()
+    load = stub.Load(experts_pb2.LoadRequest(with_pairs=True), timeout=TIMEOUT_S)
+    assert (load.num_frames, load.num_pairs) == (1, 3)
+    assert [(layer.layer_id, list(layer.pairs)) for layer in load.layers] == [(1, [1, 1, 0, 1])]
+    assert 0 < load.busy_share <= 1
+    assert not stub.Load(experts_pb2.LoadRequest(), timeout=TIMEOUT_S).layers
+
+
 @pytest.mark.parametrize(
     ("overrides", "status"),
     [
