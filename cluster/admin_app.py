@@ -21,6 +21,7 @@ from cluster.errors import ChangeRefused, StoreUnavailable
 MAX_BODY_BYTES = 1 << 20
 MAX_DRAIN_TIMEOUT_S = 86_400.0
 MAX_NAME_CHARACTERS = 256
+MAX_EXTRA_SHARE = 10.0
 
 
 class Administered(Protocol):
@@ -31,6 +32,8 @@ class Administered(Protocol):
     def get_plan_view(self) -> dict[str, Any]: ...
 
     def get_events(self, after: int) -> list[dict[str, Any]]: ...
+
+    async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]: ...
 
     async def scale(self, counts: Mapping[str, int], force: bool) -> int: ...
 
@@ -53,7 +56,7 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
         return JSONResponse(controller.get_status())
 
     async def drain(request: Request) -> Response:
-        timeout_s = _read_timeout(await _read_object(request))
+        timeout_s = _read_number(await _read_object(request), "timeout_s", 0.0, MAX_DRAIN_TIMEOUT_S)
         return JSONResponse({"num_running": await controller.drain(timeout_s)})
 
     async def plan(_: Request) -> Response:
@@ -61,6 +64,10 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
 
     async def events(request: Request) -> Response:
         return JSONResponse({"events": controller.get_events(_read_after(request))})
+
+    async def plan_rebalancing(request: Request) -> Response:
+        extra_share = _read_number(await _read_object(request), "extra_share", 0.12, MAX_EXTRA_SHARE)
+        return JSONResponse(await controller.plan_rebalancing(extra_share))
 
     async def scale(request: Request) -> Response:
         document = await _read_object(request)
@@ -80,6 +87,7 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
             Route("/status", status, methods=["GET"]),
             Route("/plan", plan, methods=["GET"]),
             Route("/events", events, methods=["GET"]),
+            Route("/rebalance/plan", plan_rebalancing, methods=["POST"]),
             Route("/scale", scale, methods=["POST"]),
             Route("/replicas/drain", drain_replica, methods=["POST"]),
             Route("/restart", restart, methods=["POST"]),
@@ -135,12 +143,12 @@ async def _read_object(request: Request) -> dict[str, Any]:
     return document
 
 
-def _read_timeout(document: dict[str, Any]) -> float:
-    value = document.get("timeout_s", 0)
+def _read_number(document: dict[str, Any], name: str, default: float, maximum: float) -> float:
+    value = document.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise HTTPException(400, "timeout_s must be a number of seconds")
-    if not 0 <= value <= MAX_DRAIN_TIMEOUT_S:
-        raise HTTPException(400, f"timeout_s must be from 0 to {MAX_DRAIN_TIMEOUT_S:.0f}")
+        raise HTTPException(400, f"{name} must be a number")
+    if not 0 <= value <= maximum:
+        raise HTTPException(400, f"{name} must be from 0 to {maximum:g}")
     return float(value)
 
 

@@ -14,6 +14,8 @@ from cluster.state_file import find_state, get_state_dir
 
 TOKEN_VARIABLE = "SHOAL_ADMIN_TOKEN"
 CALL_TIMEOUT_S = 10.0
+# Planning takes about a second at the published sizes.
+PLAN_TIMEOUT_S = 60.0
 _WAIT_INTERVAL_S = 0.2
 
 
@@ -36,6 +38,10 @@ class AdminClient:
     def fetch_events(self, after: int) -> list[dict[str, Any]]:
         """Events with a greater sequence number, oldest first."""
         return list(self._request("GET", f"/events?after={after}", None, CALL_TIMEOUT_S)["events"])
+
+    def fetch_rebalancing(self, extra_share: float) -> dict[str, Any]:
+        """What rebalancing would gain with this part of memory for further copies."""
+        return self._request("POST", "/rebalance/plan", {"extra_share": extra_share}, PLAN_TIMEOUT_S)
 
     def scale(self, counts: Mapping[str, int], force: bool) -> int:
         """Returns the version of the desired state that has these numbers."""

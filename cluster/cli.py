@@ -96,6 +96,8 @@ def _run(options: argparse.Namespace) -> int:
             from cluster.scale_commands import run_restart as run
         case "plan":
             from cluster.plan_command import run
+        case "rebalance":
+            from cluster.rebalance_command import run
         case "events":
             from cluster.events_command import run
         case "check":
@@ -162,7 +164,12 @@ def _add_scaling(commands: Any) -> None:
     plan = commands.add_parser("plan", help="what the controller does now, what it waits for, and why")
     events = commands.add_parser("events", help="what happened to the cluster, and why")
     events.add_argument("--follow", "-f", action="store_true", help="go on until Ctrl-C")
-    for parser in (scale, drain, restart, plan, events):
+    rebalance = commands.add_parser("rebalance", help="what hosting hot experts in more groups would gain")
+    rebalance.add_argument("--dry-run", action="store_true", required=True, help="only say so; nothing is moved")
+    rebalance.add_argument(
+        "--extra-share", type=float, default=0.12, metavar="X", help="memory for further copies (default: 0.12)"
+    )
+    for parser in (scale, drain, restart, plan, events, rebalance):
         _add_url(parser)
         _add_json(parser)
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from cluster import autoscaler, desired_state
@@ -34,6 +35,7 @@ from cluster.planner import (
     RouterReport,
     compute_plan,
 )
+from cluster.rebalance_view import build_rebalance_view, sum_pairs
 from cluster.record_store import RecordStore
 from cluster.records import (
     DESIRED_KEY,
@@ -50,6 +52,8 @@ from cluster.router_figures import read_figures
 from cluster.spec import ClusterSpec
 from cluster.status_view import build_plan_view, build_status
 from cluster.stored_table import memory_from_json, memory_to_json
+from experts.model_config import ModelConfig
+from experts.v1 import experts_pb2
 from router.expert_table import ExpertTable
 
 logger = logging.getLogger(__name__)
@@ -96,6 +100,8 @@ class Prober(Protocol):
 
     @property
     def replica_loads(self) -> Mapping[tuple[str, int], ReplicaLoad]: ...
+
+    async def fetch_pairs(self) -> Sequence[experts_pb2.LoadResponse]: ...
 
     def router_details(self) -> Mapping[tuple[str, int], Any]: ...
 
@@ -209,6 +215,22 @@ class ControllerLoop:
     def get_events(self, after: int) -> list[dict[str, Any]]:
         """Events with a greater sequence number, oldest first."""
         return self._events.get_after(after)
+
+    async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]:
+        """What rebalancing would gain; see build_rebalance_view. Nothing is changed."""
+        config = await asyncio.to_thread(ModelConfig.from_folder, Path(self._spec.checkpoint))
+        load = sum_pairs(await self._prober.fetch_pairs(), config)
+        speeds = self._measure_speeds()
+        return await asyncio.to_thread(build_rebalance_view, config, self._spec.groups, speeds, load, extra_share)
+
+    def _measure_speeds(self) -> dict[str, float]:
+        """Pairs per second of each group's ready replicas together; one per replica if not all are known."""
+        plan = self._get_plan()
+        loads = {group.name: self._list_loads(plan, group.member_ids) for group in self._desired.groups}
+        measured = [load.pairs_per_busy_s for group in loads.values() for load in group]
+        if all(loads.values()) and all(speed for speed in measured):
+            return {name: sum(load.pairs_per_busy_s or 0.0 for load in group) for name, group in loads.items()}
+        return {name: float(max(1, len(group))) for name, group in loads.items()}
 
     async def scale(self, counts: Mapping[str, int], force: bool, reason: str = "scaled by the admin API") -> int:
         """Returns the version of the desired state. Raises ChangeRefused or StoreUnavailable: nothing was changed."""

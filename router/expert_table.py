@@ -50,17 +50,31 @@ class ExpertTable:
     def group(self, name: str) -> GroupEntry | None:
         return next((group for group in self.groups if group.name == name), None)
 
-    def expert_groups(self, layer_id: int, n_routed_experts: int) -> npt.NDArray[np.int64]:
+    def expert_groups(self, layer_id: int, n_routed_experts: int, turn: int = 0) -> npt.NDArray[np.int64]:
         """Which group serves each expert of a layer: [n_routed_experts] indices into groups, -1 where none does.
 
-        An expert hosted by several groups is asked of the first, so that one table gives one plan.
+        Of the k groups that host expert e, in table order, number (e + turn) mod k serves it. So a table and a turn
+        give one plan, neighbours go to different hosts, and turns one after another ask each host equally often.
         """
-        groups = np.full(n_routed_experts, -1, dtype=np.int64)
-        for index in range(len(self.groups) - 1, -1, -1):
-            for hosted in self.groups[index].hosted:
-                if hosted.layer_start <= layer_id < hosted.layer_end:
-                    groups[hosted.expert_start : hosted.expert_end] = index
-        return groups
+        hosted = np.zeros((max(1, len(self.groups)), n_routed_experts), dtype=bool)
+        for index, start, end in self._ranges_by_layer.get(layer_id, ()):
+            hosted[index, start:end] = True
+        num_hosts = hosted.sum(axis=0)
+        wanted = (np.arange(n_routed_experts) + turn) % np.maximum(1, num_hosts)
+        rank = np.cumsum(hosted, axis=0) - 1  # [num_groups, n_routed_experts], of a host among the hosts
+        chosen = (hosted & (rank == wanted)).argmax(axis=0)
+        return np.where(num_hosts > 0, chosen, -1).astype(np.int64)
+
+    @functools.cached_property
+    def _ranges_by_layer(self) -> dict[int, list[tuple[int, int, int]]]:
+        """(group index, first expert, end) of each rectangle, for each layer it covers. A rebalanced placement has
+        thousands of rectangles, so they are not looked through for every layer."""
+        ranges: dict[int, list[tuple[int, int, int]]] = {}
+        for index, group in enumerate(self.groups):
+            for block in group.hosted:
+                for layer_id in range(block.layer_start, block.layer_end):
+                    ranges.setdefault(layer_id, []).append((index, block.expert_start, block.expert_end))
+        return ranges
 
     def missing(self, layer_ids: Sequence[int], n_routed_experts: int) -> list[tuple[int, int]]:
         """(layer, expert) pairs that no group hosts."""

@@ -10,6 +10,7 @@ from cluster.planner import Health, RouterReport
 from cluster.records import ReplicaRecord, RouterRecord, StartState, replica_key, router_key
 from cluster.spec import ClusterSpec, GroupSpec, RouterSpec
 from experts.expert_range import ExpertRange
+from experts.v1 import experts_pb2
 from router.expert_table import ExpertTable
 
 HOSTED = ((ExpertRange(1, 4, 0, 4),), (ExpertRange(1, 4, 4, 8),))
@@ -161,6 +162,7 @@ class FakeProber:
         self.pushed: list[tuple[tuple[str, int], int]] = []
         self.drained_s: list[float] = []
         self.loads: dict[str, ReplicaLoad] = {}
+        self.pairs: list[experts_pb2.LoadResponse] = []
 
     @property
     def replica_loads(self) -> dict[tuple[str, int], ReplicaLoad]:
@@ -168,6 +170,9 @@ class FakeProber:
         return {
             target: self.loads[group] for target in self.targets[0] if (group := target[0].split("-")[0]) in self.loads
         }
+
+    async def fetch_pairs(self) -> list[experts_pb2.LoadResponse]:
+        return self.pairs
 
     def router_details(self) -> dict[tuple[str, int], Any]:
         return {}

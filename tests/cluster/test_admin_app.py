@@ -27,6 +27,9 @@ class FakeController:
     def get_events(self, after: int) -> list[dict[str, Any]]:
         return [{"sequence": after + 1}]
 
+    async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]:
+        return {"extra_share": extra_share}
+
     async def scale(self, counts: Mapping[str, int], force: bool) -> int:
         if counts.get("g0") == 0 and not force:
             raise ChangeRefused("needs --force")
@@ -141,3 +144,10 @@ async def test_bad_changes_are_refused(
 async def test_a_store_that_is_away_is_503(client: httpx.AsyncClient, controller: FakeController):
     controller.broken = True
     check_error(await client.post("/replicas/drain", json={"replica": "g0-1"}), 503)
+
+
+async def test_a_rebalancing_is_planned_for_the_memory_given(client: httpx.AsyncClient):
+    assert (await client.post("/rebalance/plan")).json() == {"extra_share": 0.12}
+    assert (await client.post("/rebalance/plan", json={"extra_share": 0.5})).json() == {"extra_share": 0.5}
+    for value in (-0.1, 11, "1", None):
+        check_error(await client.post("/rebalance/plan", json={"extra_share": value}), 400)

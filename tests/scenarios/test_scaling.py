@@ -67,6 +67,16 @@ def test_every_replica_is_replaced_while_the_controller_is_killed(serve: ServePr
     assert run_json(serve, "plan")["steps"] == []
 
 
+def test_the_load_of_each_group_and_the_gain_of_rebalancing_can_be_read(serve: ServeProcess, undisturbed: str):
+    assert "".join(stream_chat(serve.url, MAX_TOKENS)) == undisturbed
+    wait_for(
+        lambda: all((item["load"] or {}).get("pairs_per_busy_s") for item in list_replicas(serve.fetch_status())), 20
+    )
+    view = run_json(serve, "rebalance", "--dry-run")
+    assert view["num_pairs"] > 0
+    assert 1 <= view["after"]["imbalance"] <= view["before"]["imbalance"]
+
+
 def test_zero_replicas_and_unknown_groups_are_refused(serve: ServeProcess):
     for counts, message in (("g0=0", "--force"), ("g7=1", "no expert group 'g7'")):
         result = serve.run_command("scale", counts, "--url", serve.url)
