@@ -161,6 +161,7 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
             max_model_len=settings.max_model_len,
             expert_wait_s=settings.expert_wait_s,
             num_threads=threads.router_threads,
+            kv_cache_tokens=settings.kv_cache_tokens,
         ),
         listen_on="loopback",
         own_ray=settings.address is None,

@@ -107,6 +107,9 @@ class ServeSettings(BaseModel):
     max_model_len: Annotated[int, Field(ge=1)] | None = Field(
         None, description="longest sequence in tokens; None: what the checkpoint was made for"
     )
+    kv_cache_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="tokens of KV cache in each router; None: half the memory free once the weights are loaded"
+    )
     expert_wait_s: Annotated[float, Field(gt=0, le=3600)] = Field(
         30.0, description="seconds a request waits for an expert group without a live replica, then 503"
     )

@@ -41,6 +41,7 @@ class RouterSpec:
     max_model_len: int | None
     expert_wait_s: float
     num_threads: int
+    kv_cache_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

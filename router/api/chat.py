@@ -19,7 +19,7 @@ from router.api.errors import BadRequest, NotSupported
 from router.api.fields import parse_request
 from router.api.generation import FinishReason, SequencePlan, generate
 from router.api.logprobs import TokenEntry, chat_logprobs
-from router.api.usage import make_usage
+from router.api.usage import make_usage, sum_cached_tokens
 from router.v1 import router_pb2
 
 routes = APIRouter()
@@ -106,11 +106,13 @@ async def _collect(context: ApiContext, job: _Job) -> Response:
     texts = ["" for _ in job.plans]
     tokens: list[list[TokenEntry]] = [[] for _ in job.plans]
     finish_reasons: list[FinishReason | None] = [None for _ in job.plans]
+    cached_tokens: dict[int, int] = {}
     async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
         async for delta in deltas:
             texts[delta.index] += delta.text
             tokens[delta.index].extend(delta.tokens)
             finish_reasons[delta.index] = delta.finish_reason
+            cached_tokens[delta.index] = delta.cached_tokens
     num_tokens = sum(map(len, tokens))
 
     def build() -> dict[str, Any]:
@@ -125,7 +127,7 @@ async def _collect(context: ApiContext, job: _Job) -> Response:
                 }
                 for plan in job.plans
             ],
-            "usage": make_usage(job.num_prompt_tokens, num_tokens),
+            "usage": make_usage(job.num_prompt_tokens, num_tokens, sum_cached_tokens(cached_tokens, len(job.plans))),
         }
 
     content = await context.build_json(build, num_tokens=num_tokens if job.body.logprobs else 0)
@@ -135,6 +137,7 @@ async def _collect(context: ApiContext, job: _Job) -> Response:
 async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]:
     envelope = job.envelope("chat.completion.chunk")
     num_tokens = 0
+    cached_tokens: dict[int, int] = {}
     started: set[int] = set()
 
     def encode(choice: dict[str, Any]) -> bytes:
@@ -143,6 +146,7 @@ async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]
     async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
         async for delta in deltas:
             num_tokens += len(delta.tokens)
+            cached_tokens[delta.index] = delta.cached_tokens
             if delta.index not in started:
                 started.add(delta.index)
                 yield encode(_format_delta(delta.index, {"role": "assistant", "content": ""}))
@@ -152,7 +156,8 @@ async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]
             if delta.finish_reason is not None:
                 yield encode(_format_delta(delta.index, {}, finish_reason=delta.finish_reason))
     if job.body.include_usage:
-        yield encode_json({**envelope, "choices": [], "usage": make_usage(job.num_prompt_tokens, num_tokens)})
+        usage = make_usage(job.num_prompt_tokens, num_tokens, sum_cached_tokens(cached_tokens, len(job.plans)))
+        yield encode_json({**envelope, "choices": [], "usage": usage})
 
 
 def _format_delta(

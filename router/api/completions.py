@@ -19,7 +19,7 @@ from router.api.errors import BadRequest
 from router.api.fields import parse_request
 from router.api.generation import Delta, FinishReason, SequencePlan, generate
 from router.api.logprobs import TokenEntry, completion_logprobs
-from router.api.usage import make_usage
+from router.api.usage import make_usage, sum_cached_tokens
 from router.v1 import router_pb2
 
 routes = APIRouter()
@@ -119,6 +119,7 @@ class _Choice:
     tokens: list[TokenEntry]
     num_tokens: int
     finish_reason: FinishReason | None
+    cached_tokens: int = 0
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
@@ -126,6 +127,7 @@ class _Choice:
         self.tokens.extend(delta.tokens)
         self.num_tokens += len(delta.tokens)
         self.finish_reason = delta.finish_reason or self.finish_reason
+        self.cached_tokens = delta.cached_tokens
 
 
 async def _collect(context: ApiContext, job: _Job) -> Response:
@@ -141,7 +143,11 @@ async def _collect(context: ApiContext, job: _Job) -> Response:
                 _format_choice(context, job, choice.index, choice.text, choice.tokens, choice.finish_reason)
                 for choice in choices
             ],
-            "usage": make_usage(job.num_prompt_tokens, sum(choice.num_tokens for choice in choices)),
+            "usage": make_usage(
+                job.num_prompt_tokens,
+                sum(choice.num_tokens for choice in choices),
+                sum_cached_tokens({choice.index: choice.cached_tokens for choice in choices}, job.body.num_choices),
+            ),
         }
 
     num_logprobs = 0 if job.body.logprobs is None else sum(len(choice.tokens) for choice in choices)
@@ -151,6 +157,7 @@ async def _collect(context: ApiContext, job: _Job) -> Response:
 async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]:
     envelope = job.envelope()
     num_tokens = 0
+    cached_tokens: dict[int, int] = {}
 
     async def encode_choice(
         delta: Delta, text: str, entries: list[TokenEntry], finish_reason: FinishReason | None
@@ -164,13 +171,17 @@ async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]
     async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
         async for delta in deltas:
             num_tokens += len(delta.tokens)
+            cached_tokens[delta.index] = delta.cached_tokens
             entries = [*delta.prompt_tokens, *delta.tokens]
             if delta.text or (entries and job.body.logprobs is not None):
                 yield await encode_choice(delta, delta.text, entries, None)
             if delta.finish_reason is not None:
                 yield await encode_choice(delta, "", [], delta.finish_reason)
     if job.body.include_usage:
-        yield encode_json({**envelope, "choices": [], "usage": make_usage(job.num_prompt_tokens, num_tokens)})
+        num_cached = sum_cached_tokens(cached_tokens, job.body.num_choices)
+        yield encode_json(
+            {**envelope, "choices": [], "usage": make_usage(job.num_prompt_tokens, num_tokens, num_cached)}
+        )
 
 
 def _format_choice(

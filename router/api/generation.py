@@ -45,6 +45,8 @@ class Delta(NamedTuple):
     tokens: Sequence[TokenEntry]
     """Generated tokens that text was held back for, the current ones included."""
     finish_reason: FinishReason | None
+    cached_tokens: int
+    """Of the prompt, found in the router's cache; the same in every piece of a choice."""
 
 
 async def generate(
@@ -111,6 +113,7 @@ class _Assembler:
         self._tokens: list[TokenEntry] = []
         self._num_tokens = 0
         self._is_echoed = plan.echo is None
+        self._cached_tokens: int | None = None
         self.is_finished = False
 
     def push(self, response: router_pb2.GenerateResponse) -> list[Delta]:
@@ -119,9 +122,13 @@ class _Assembler:
             self._prompt_detokenizer.push(token.token_id)
             self._prompt_tokens.append(read_token(token, offset))
         finish_reason = _FINISH_REASONS[response.finish_reason]
+        if self._cached_tokens is None:  # a router that takes over after a failure finds some of the answer, too
+            self._cached_tokens = response.cached_tokens
         deltas: list[Delta] = []
         if not self._is_echoed and (response.tokens or finish_reason is not None):
-            deltas.append(Delta(self._plan.index, self._plan.echo or "", self._prompt_tokens, (), None))
+            deltas.append(
+                Delta(self._plan.index, self._plan.echo or "", self._prompt_tokens, (), None, self._cached_tokens)
+            )
             self._is_echoed = True
         text, stopped = self._push_tokens(response.tokens, ends_with_stop_id=finish_reason == "stop")
         if stopped:
@@ -132,7 +139,7 @@ class _Assembler:
             if not result.stopped:
                 text += self._stops.flush()
         if text or finish_reason is not None:
-            deltas.append(Delta(self._plan.index, text, (), self._tokens, finish_reason))
+            deltas.append(Delta(self._plan.index, text, (), self._tokens, finish_reason, self._cached_tokens))
             self._tokens = []
         self.is_finished = finish_reason is not None
         return deltas

@@ -13,16 +13,19 @@ from experts.kernels.cpu_ffn import load_cpu_kernel
 from experts.model_config import ModelConfig
 from experts.wire import WireFormat
 from router.dispatch import Dispatcher, DispatchOptions
+from router.drafter import Drafter
 from router.engine import Engine
 from router.expert_pool import ExpertPool
 from router.latent_cache import LatentCache
 from router.overlap_policy import MicroBatchSetting, OverlapPolicy
+from router.sampler import SamplingParams
 from router.scheduler import SchedulerLimits
 from router.sequence import SequenceOutput
 from router.trunk import Trunk
 from router.weights import load_trunk_weights
 from tests.random_checkpoint import write_random_checkpoint
 from tests.router.in_process import build_table, collect, load_groups, request, start_replica, token_ids
+from tests.router.scripted_drafter import ScriptedDrafter
 
 pytestmark = pytest.mark.skipif(
     load_cpu_kernel(torch.bfloat16) is None,
@@ -31,6 +34,8 @@ pytestmark = pytest.mark.skipif(
 
 PROMPTS = [[0, 5, 9, 200], [0, 17], [0, *range(30, 130)], [0, 250, 251, 252, 253, 254], list(range(40, 57))]
 WIDE = SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, num_blocks=128, max_waiting=32)
+LARGE = SchedulerLimits(max_num_seqs=32, max_batched_tokens=512, num_blocks=128, max_waiting=32)
+SCARCE = SchedulerLimits(max_num_seqs=16, max_batched_tokens=40, num_blocks=6, max_waiting=32)
 NARROW = SchedulerLimits(max_num_seqs=4, max_batched_tokens=7, num_blocks=128, max_waiting=32)
 
 
@@ -44,7 +49,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: Path, limits: SchedulerLimits, num_groups: int = 2, micro_batches: MicroBatchSetting = "off"
+    folder: Path,
+    limits: SchedulerLimits,
+    num_groups: int = 2,
+    micro_batches: MicroBatchSetting = "off",
+    drafter: Drafter | None = None,
 ) -> AsyncIterator[Engine]:
     """A deterministic bf16 engine over real gRPC to groups in this process."""
     config: ModelConfig = Checkpoint(folder).config
@@ -57,7 +66,8 @@ async def running(
         weights = load_trunk_weights(Checkpoint(folder), torch.bfloat16)
         cache = LatentCache(config, limits.num_blocks, torch.bfloat16)
         trunk = Trunk(config, weights, dispatcher, cache, max_model_len=256, deterministic=True)
-    engine = Engine(config, trunk, limits, max_model_len=256, overlap=OverlapPolicy(micro_batches))
+    overlap = OverlapPolicy(micro_batches)
+    engine = Engine(config, trunk, limits, max_model_len=256, overlap=overlap, drafter=drafter)
     task = asyncio.create_task(engine.run())
     try:
         yield engine
@@ -69,8 +79,9 @@ async def running(
             server.stop(grace_s=0)
 
 
-async def alone(engine: Engine) -> list[SequenceOutput]:
-    return [await collect(engine.submit(request(prompt, 12, logprobs=2, prompt_logprobs=1))) for prompt in PROMPTS]
+async def alone(engine: Engine, max_tokens: int = 12) -> list[SequenceOutput]:
+    asked = [request(prompt, max_tokens, logprobs=2, prompt_logprobs=1) for prompt in PROMPTS]
+    return [await collect(engine.submit(each)) for each in asked]
 
 
 async def test_batch_mates_change_nothing(checkpoint: Path) -> None:
@@ -113,3 +124,46 @@ async def test_prefill_judges_tokens_as_decode_did(checkpoint: Path) -> None:
         whole = await collect(engine.submit(request(PROMPTS[3], 12, logprobs=0)))
         again = await collect(engine.submit(request(PROMPTS[3] + token_ids(whole), 0, prompt_logprobs=0)))
     assert again.prompt_tokens[len(PROMPTS[3]) :] == whole.tokens
+
+
+async def test_a_batch_of_32_changes_nothing(checkpoint: Path) -> None:
+    asked = [request([0, number, *range(10, 10 + number)], 10, logprobs=1) for number in range(5, 37)]
+    async with running(checkpoint, LARGE) as engine:
+        expected = [await collect(engine.submit(each)) for each in asked]
+        sequences = [engine.submit(each) for each in asked]
+        assert [await collect(sequence) for sequence in sequences] == expected
+
+
+async def test_a_cached_prefix_changes_nothing(checkpoint: Path) -> None:
+    first, second = [0, *range(30, 130)], [0, *range(30, 110), *range(200, 220)]
+    async with running(checkpoint, WIDE) as engine:
+        alone = await collect(engine.submit(request(second, 12, logprobs=2, cache_salt="nobody else's")))
+        await collect(engine.submit(request(first, 12)))
+        reusing = engine.submit(request(second, 12, logprobs=2))
+        assert (await collect(reusing)).tokens == alone.tokens
+        assert reusing.num_cached_tokens == 64
+
+
+async def test_preemption_changes_nothing(checkpoint: Path) -> None:
+    async with running(checkpoint, WIDE) as engine:
+        expected = await alone(engine, max_tokens=40)
+    async with running(checkpoint, SCARCE) as engine:
+        sequences = [engine.submit(request(prompt, 40, logprobs=2, prompt_logprobs=1)) for prompt in PROMPTS]
+        assert [await collect(sequence) for sequence in sequences] == expected
+        assert engine.progress().num_preemptions > 0
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_verified_drafts_change_nothing(checkpoint: Path, temperature: float) -> None:
+    """Whatever is guessed: here, every fifth token is guessed wrong."""
+    sampling = SamplingParams(temperature=temperature, top_k=0, top_p=0.9, min_p=0.0, seed=3)
+    asked = [request(prompt, 24, logprobs=2, sampling=sampling) for prompt in PROMPTS]
+    async with running(checkpoint, WIDE) as engine:
+        expected = [await collect(engine.submit(each)) for each in asked]
+    drafter = ScriptedDrafter(3)
+    drafter.answers = {each.prompt_token_ids: token_ids(output) for each, output in zip(asked, expected, strict=True)}
+    async with running(checkpoint, WIDE, drafter=drafter) as engine:
+        sequences = [engine.submit(each) for each in asked]
+        assert [await collect(sequence) for sequence in sequences] == expected
+        assert engine.progress().num_steps < 24

@@ -3,18 +3,17 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from collections.abc import Sequence as Series
 from pathlib import Path
 
 import pytest
 
-from router.drafter import DraftInput
 from router.engine import Engine
 from router.errors import BadRequest, ExpertsUnavailable, NotReady
 from router.sampler import SamplingParams
 from router.scheduler import SchedulerLimits
-from router.sequence import FinishReason, Sequence
+from router.sequence import FinishReason
 from tests.router.in_process import DEADLINE_S, LocalDispatcher, build_engine, collect, load_groups, request, token_ids
+from tests.router.scripted_drafter import ScriptedDrafter
 from tests.tolerances import LOGPROB_BY_DTYPE
 
 PROMPTS = [[0, 5, 9, 200], [0, 17], [0, *range(30, 60)], [0, 250, 251, 252, 253, 254]]
@@ -219,33 +218,6 @@ async def test_cancelled_sequences_leave_no_block_behind(tiny_checkpoint: Path) 
             assert len((await collect(sequence)).tokens) == 60
         engine.check_integrity()
         assert engine.progress().num_blocks_held == 0
-
-
-class ScriptedDrafter:
-    """Guesses what the answer is known to be, but every fifth token wrong."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self.answers: dict[tuple[int, ...], list[int]] = {}
-        self.num_drafts = 0
-        self.num_accepted = 0
-
-    def choose_depth(self, sequence: Sequence) -> int:
-        return self.depth
-
-    def note_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
-        self.num_drafts += num_drafts
-        self.num_accepted += num_accepted
-
-    async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:
-        guesses: list[list[int]] = []
-        for sequence, hidden_states, start, num_drafts in inputs:
-            assert start + len(hidden_states) == sequence.num_computed < len(sequence.token_ids)
-            text = self.answers[sequence.request.prompt_token_ids]
-            first = sequence.num_generated
-            guess = [token if (first + i) % 5 else (token + 1) % 320 for i, token in enumerate(text[first:])]
-            guesses.append(guess[:num_drafts])
-        return guesses
 
 
 @pytest.mark.parametrize("depth", [1, 3])

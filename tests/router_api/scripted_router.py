@@ -81,17 +81,22 @@ def prompt_response(request: router_pb2.GenerateRequest) -> router_pb2.GenerateR
     return response
 
 
-def answer(token_ids: Sequence[int], *, per_response: int = 1, stop_id: int | None = None) -> Script:
+def answer(
+    token_ids: Sequence[int], *, per_response: int = 1, stop_id: int | None = None, cached_tokens: int = 0
+) -> Script:
     """Generate token_ids, no more than asked for; ends with stop_id (an EOS, say) if given, else by length."""
 
     def play(
         request: router_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[router_pb2.GenerateResponse]:
-        yield prompt_response(request)
+        response = prompt_response(request)
+        response.cached_tokens = cached_tokens
+        yield response
         ids = [*token_ids, *([] if stop_id is None else [stop_id])][: request.max_tokens]
         is_stopped = stop_id is not None and ids[-1:] == [stop_id]
         for start in range(0, len(ids), per_response):
             yield router_pb2.GenerateResponse(
+                cached_tokens=cached_tokens,
                 tokens=[token(token_id, request) for token_id in ids[start : start + per_response]],
                 finish_reason=_finish_reason(is_stopped) if start + per_response >= len(ids) else None,
                 stop_token_id=stop_id if is_stopped and start + per_response >= len(ids) else None,

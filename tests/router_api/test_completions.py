@@ -304,3 +304,27 @@ def test_many_prompt_logprobs(http: httpx.Client, router: ScriptedRouter, stream
     assert answered.text.count("-9999") == 0
     if not stream:
         assert [len(choice["logprobs"]["tokens"]) for choice in answered.json()["choices"]] == [501, 501]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_says_what_was_found_in_the_cache_once_for_each_prompt(
+    client: openai.OpenAI, router: ScriptedRouter, stream: bool
+) -> None:
+    def play(
+        request: router_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[router_pb2.GenerateResponse]:
+        return answer([40], cached_tokens=request.prompt_token_ids[0])(request, context)
+
+    router.script = play
+    prompts = [[32], [64, 7]]
+    if stream:
+        chunks = list(
+            client.completions.create(
+                model=MODEL, prompt=prompts, n=2, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        usage = chunks[-1].usage
+    else:
+        usage = client.completions.create(model=MODEL, prompt=prompts, n=2).usage
+    assert usage is not None and usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 96
