@@ -1,4 +1,7 @@
-"""Multi-head latent attention (DeepSeek-V2 report, section 2.1) over the latent cache.
+"""Multi-head latent attention (DeepSeek-V2 report, section 2.1) over the latent cache, in torch.
+
+For machines and dtypes that the CPU kernel does not serve (router/native_layer.py), and the reference that it is
+tested against.
 
 Absorbed form: keys and values are never expanded. W_UK moves into the query and W_UV behind the softmax, so a step
 reads 576 values per token of context (DeepSeek-V3) whatever the number of heads:
@@ -18,7 +21,7 @@ from torch.nn import functional
 
 from experts.model_config import ModelConfig
 from router.block_pool import count_blocks
-from router.linear import Linear
+from router.linear import Linear, PerHead, TorchPerHead
 from router.norm import rms_norm
 from router.rotary import apply_rotary
 from router.step_batch import StepBatch
@@ -37,19 +40,19 @@ EXPAND_FROM = 64
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """One layer's attention; kv_b_proj is kept split per head, in the compute dtype.
+    """One layer's attention; kv_b_proj is kept split per head.
 
     qkv_a_proj: hidden_size -> q_lora_rank + kv_lora_rank + qk_rope_head_dim, or with q_lora_rank None
         -> num_heads * qk_head_dim + kv_lora_rank + qk_rope_head_dim: one product for everything made of x.
-    w_uk: [num_heads, qk_nope_head_dim, kv_lora_rank];  w_uv: [num_heads, v_head_dim, kv_lora_rank].
+    w_uk: qk_nope_head_dim -> kv_lora_rank;  w_uv: kv_lora_rank -> v_head_dim.
     """
 
     qkv_a_proj: Linear
     q_a_layernorm: Tensor | None
     q_b_proj: Linear | None
     kv_a_layernorm: Tensor
-    w_uk: Tensor
-    w_uv: Tensor
+    w_uk: PerHead
+    w_uv: PerHead
     o_proj: Linear
 
 
@@ -92,32 +95,34 @@ class Attention:
         queries = torch.cat([self._per_head(q_nope, weights.w_uk), q_pe], dim=-1)  # [T, H, L + R]
         latents = queries.new_empty(num_tokens, num_heads, config.kv_lora_rank)  # [T, H, L]
         expanded: list[tuple[slice, Tensor]] = []
+        expand = None
+        if (
+            not self._deterministic
+            and isinstance(weights.w_uk, TorchPerHead)
+            and isinstance(weights.w_uv, TorchPerHead)
+        ):
+            expand = weights.w_uk.weight, weights.w_uv.weight
         self._cache.view(-1, rows.shape[1])[batch.slot_mapping] = rows
         for index, segment in enumerate(batch.segments):
             span = slice(segment.start, segment.start + segment.num_new)
             context_len = segment.context_len + segment.num_new
             block_ids = batch.block_tables[index, : count_blocks(context_len)]
             cache = self._cache[block_ids].view(-1, rows.shape[1])
-            if not self._deterministic and segment.num_new >= EXPAND_FROM and context_len <= EXPAND_UP_TO:
-                expanded.append((span, self._attend_expanded(q_nope[span], q_pe[span], cache[:context_len])))
+            if expand is not None and segment.num_new >= EXPAND_FROM and context_len <= EXPAND_UP_TO:
+                expanded.append((span, self._attend_expanded(q_nope[span], q_pe[span], cache[:context_len], *expand)))
             else:
                 self._attend_absorbed(queries[span], cache[:context_len], out=latents[span])
-        values = self._per_head(latents, weights.w_uv.transpose(1, 2))  # [T, H, v_head_dim]
+        values = self._per_head(latents, weights.w_uv)  # [T, H, v_head_dim]
         for span, rows_of_span in expanded:
             values[span] = rows_of_span
         return weights.o_proj(values.reshape(num_tokens, -1))
 
-    def _per_head(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        """rows: [T, H, in], matrices: [H, in, out]. Returns [T, H, out]."""
-        if not self._deterministic:
-            return torch.bmm(rows.transpose(0, 1), matrices).transpose(0, 1).contiguous()
-        result = rows.new_empty(*rows.shape[:2], matrices.shape[-1])
-        for index in range(rows.shape[0]):
-            # Products may depend on alignment too: always from memory of its own.
-            result[index] = torch.bmm(rows[index].clone(memory_format=torch.contiguous_format).unsqueeze(1), matrices)[
-                :, 0
-            ]
-        return result
+    def _per_head(self, rows: Tensor, product: PerHead) -> Tensor:
+        """rows: [T, H, in]. Returns [T, H, out]."""
+        if not self._deterministic or not isinstance(product, TorchPerHead):
+            return product(rows)
+        # Products may depend on alignment too: always from memory of its own.
+        return torch.cat([product(row.clone(memory_format=torch.contiguous_format)) for row in rows.split(1)])
 
     def _attend_absorbed(self, queries: Tensor, cache: Tensor, out: Tensor) -> None:
         """queries: [n, H, L + R], cache: [C, L + R], out: [n, H, L]; the last query sees the whole cache."""
@@ -158,14 +163,14 @@ class Attention:
         assert total is not None  # a query always sees itself
         return (mixed / total).to(queries.dtype).view(num_new, num_heads, rank)
 
-    def _attend_expanded(self, q_nope: Tensor, q_pe: Tensor, cache: Tensor) -> Tensor:
+    def _attend_expanded(self, q_nope: Tensor, q_pe: Tensor, cache: Tensor, w_uk: Tensor, w_uv: Tensor) -> Tensor:
         """Keys and values of every head from the cache, then ordinary attention. Returns [n, H, v_head_dim]."""
-        config, weights = self._config, self._weights
+        config = self._config
         num_new, context_len = q_nope.shape[0], cache.shape[0]
         c_kv, k_pe = cache.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        k_nope = torch.matmul(c_kv, weights.w_uk.transpose(1, 2))  # [H, C, qk_nope_head_dim]
+        k_nope = torch.matmul(c_kv, w_uk.transpose(1, 2))  # [H, C, qk_nope_head_dim]
         keys = torch.cat([k_nope, k_pe.expand(config.num_attention_heads, -1, -1)], dim=-1)
-        values = torch.matmul(c_kv, weights.w_uv.transpose(1, 2))  # [H, C, v_head_dim]
+        values = torch.matmul(c_kv, w_uv)  # [H, C, v_head_dim]
         query = torch.cat([q_nope, q_pe], dim=-1).transpose(0, 1)  # [H, n, qk_head_dim]
         first_position = context_len - num_new
         if first_position == 0:

@@ -6,17 +6,18 @@ table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from time import perf_counter_ns
 from typing import Protocol
 
 from torch import Tensor
 
 from experts.model_config import ModelConfig
-from router.attention import Attention
-from router.gate import GateWeights, compute_gate_logits, select_experts
 from router.latent_cache import LatentCache
-from router.norm import rms_norm
-from router.rotary import compute_softmax_scale
+from router.layer_front import LayerRun, build_front
+from router.layer_order import LayerOrder
 from router.step_batch import StepBatch
+from router.step_times import PartTimes
 from router.weights import LayerWeights
 
 
@@ -49,42 +50,64 @@ class DecoderLayer:
         dispatcher: ExpertDispatcher,
         cache: LatentCache,
         rotations: Tensor,
+        times: PartTimes | None = None,
         *,
         deterministic: bool,
     ) -> None:
         """rotations: [max_model_len, qk_rope_head_dim / 2] complex64. layer_id: an MTP layer's counts on from the
-        main layers'."""
-        self._config = config
+        main layers'. times: added to; None, nobody asks."""
         self._layer_id = layer_id
         self._weights = weights
         self._dispatcher = dispatcher
-        self._rotations = rotations
-        scale = compute_softmax_scale(config)
-        self._attention = Attention(config, cache.layer(layer_id), weights.attention, scale, deterministic)
+        self._times = times = times or PartTimes()
+        self.front = build_front(config, weights, cache.layer(layer_id), rotations, times, deterministic=deterministic)
 
     async def forward(self, hidden_states: Tensor, batch: StepBatch) -> Tensor:
-        """hidden_states: [num_tokens, hidden_size]. Returns the same, and leaves the rows' latents in the cache.
+        """hidden_states: [num_tokens, hidden_size]. Returns the same, and leaves the rows' latents in the cache."""
+        return await run_layers([self], hidden_states, batch)
 
-        Attention is done before anything is awaited: router/layer_order.py counts on it.
-        """
-        weights, eps = self._weights, self._config.rms_norm_eps
-        normed = rms_norm(hidden_states, weights.input_layernorm, eps)
-        attended = self._attention.forward(normed, self._rotations[batch.positions], batch)
-        hidden_states = hidden_states + attended
-        normed = rms_norm(hidden_states, weights.post_attention_layernorm, eps)
+    async def run(self, run: LayerRun) -> None:
+        """The layer's share of a walk. Attention is done before anything is awaited: router/layer_order.py counts on
+        it."""
+        self.front.attend(run)
+        weights = self._weights
         if weights.gate is None:
             assert weights.mlp is not None
-            ffn = weights.mlp(normed)
+            started = perf_counter_ns()
+            run.add(weights.mlp(run.normed), None)
+            self._times.shared_ns += perf_counter_ns() - started
         else:
-            ffn = await self._moe(weights.gate, normed)
-        return (hidden_states + ffn).to(hidden_states.dtype)  # summed in float32, rounded once
+            await self._run_experts(run)
 
-    async def _moe(self, gate: GateWeights, normed: Tensor) -> Tensor:
-        """[num_tokens, hidden_size] float32."""
-        gate_logits = compute_gate_logits(normed, gate)
-        topk_weights, topk_ids = select_experts(gate_logits, gate.e_score_correction_bias, self._config)
-        pending = await self._dispatcher.scatter(self._layer_id, normed, topk_ids, topk_weights)
-        if self._weights.shared_experts is None:
-            return await pending.gather()
-        shared = self._weights.shared_experts(normed)
-        return shared + await pending.gather()
+    async def _run_experts(self, run: LayerRun) -> None:
+        times = self._times
+        started = perf_counter_ns()
+        pending = await self._dispatcher.scatter(self._layer_id, run.normed, run.topk_ids, run.topk_weights)
+        sent = perf_counter_ns()
+        shared = None if self._weights.shared_experts is None else self._weights.shared_experts(run.normed)
+        computed = perf_counter_ns()
+        routed = await pending.gather()
+        gathered = perf_counter_ns()
+        # Summed in float32, rounded once.
+        run.add(*((routed, None) if shared is None else (shared, routed)))
+        times.scatter_ns += sent - started
+        times.shared_ns += computed - sent + perf_counter_ns() - gathered
+        times.wait_ns += gathered - computed
+
+
+async def run_layers(
+    layers: Sequence[DecoderLayer], hidden_states: Tensor, batch: StepBatch, order: LayerOrder | None = None
+) -> Tensor:
+    """Run the rows through the layers, one after the other. Returns [num_tokens, hidden_size]; hidden_states stays as
+    it is. order: None, the batch waits for no other."""
+    run: LayerRun | None = None
+    front = None
+    for index, layer in enumerate(layers):
+        if order is not None:
+            await order.enter(index)
+        if run is None or type(layer.front) is not type(front):
+            hidden_states = hidden_states if run is None else run.hidden_states
+            front = layer.front
+            run = front.start(hidden_states, batch)
+        await layer.run(run)
+    return hidden_states if run is None else run.hidden_states

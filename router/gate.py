@@ -31,7 +31,8 @@ def select_experts(
 
     Biased scores choose the experts, unbiased scores weight them. With `noaux_tc` a gate group's score is the sum of
     its two highest biased scores, with `group_limited_greedy` its highest score; `greedy` knows no groups. Experts
-    outside the topk_group best groups are masked with -inf: a mask of 0 would prefer them to negative biased scores.
+    outside the topk_group best groups are masked with -inf: a mask of 0 would prefer them to negative biased scores. Of
+    equal scores the lower expert's, or gate group's, is chosen.
 
     gate_logits: [num_tokens, n_routed_experts] float32.
     Returns topk_weights [num_tokens, num_experts_per_tok] float32 and topk_ids, same shape, int64, best first.
@@ -40,7 +41,7 @@ def select_experts(
     choice = scores if e_score_correction_bias is None else scores + e_score_correction_bias
     if config.topk_method != "greedy" and config.n_group > config.topk_group:
         choice = _mask_groups(choice, config)
-    topk_ids = choice.topk(config.num_experts_per_tok, dim=-1).indices
+    topk_ids = _find_highest(choice, config.num_experts_per_tok)
     topk_weights = scores.gather(-1, topk_ids)
     if config.norm_topk_prob:
         topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -54,6 +55,11 @@ def _mask_groups(choice: Tensor, config: ModelConfig) -> Tensor:
         group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
     else:
         group_scores = grouped.amax(dim=-1)
-    kept = group_scores.topk(config.topk_group, dim=-1).indices  # [num_tokens, topk_group]
+    kept = _find_highest(group_scores, config.topk_group)  # [num_tokens, topk_group]
     dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
     return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).view(num_tokens, -1)
+
+
+def _find_highest(values: Tensor, count: int) -> Tensor:
+    """Places along the last dimension, best first; of equal ones the lower place, which topk does not promise."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]

@@ -33,6 +33,12 @@ class Mlp(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class PerHead(Protocol):
+    """x [num_rows, num_heads, in] -> [num_rows, num_heads, out], each head with a matrix of its own."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 class LinearFactory(Protocol):
     """Turns stored weights into products."""
 
@@ -45,6 +51,11 @@ class LinearFactory(Protocol):
         ...
 
     def mlp(self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight) -> Mlp: ...
+
+    def per_head(self, weight: ScaledWeight, num_heads: int, split: int) -> tuple[PerHead, PerHead]:
+        """weight: [num_heads * rows, columns], rows of a head together. Of each head, the first `split` rows become a
+        product split -> columns (theirs transposed), the others one columns -> rows - split."""
+        ...
 
 
 def choose_linear_factory(dtype: torch.dtype) -> LinearFactory:
@@ -71,6 +82,10 @@ class TorchFactory:
     def mlp(self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight) -> Mlp:
         return _TorchMlp(self.linear(gate, up), self.linear(down))
 
+    def per_head(self, weight: ScaledWeight, num_heads: int, split: int) -> tuple[PerHead, PerHead]:
+        heads = expand(weight).to(self._dtype).unflatten(0, (num_heads, -1))  # [num_heads, rows, columns]
+        return TorchPerHead(heads[:, :split].contiguous()), TorchPerHead(heads[:, split:].mT.contiguous())
+
 
 class NativeFactory:
     """Packed matrices. What the kernel does not take (FP16, odd scale blocks) goes to torch."""
@@ -82,15 +97,26 @@ class NativeFactory:
     def linear(self, *weights: ScaledWeight) -> Linear:
         if not all(cpu_ffn.can_pack(weight.weight.dtype, weight.block) for weight in weights):
             return self._fallback.linear(*weights)
-        return _NativeLinear(self._kernel, [self._kernel.pack_linear(weight) for weight in weights])
+        return NativeLinear(self._kernel, [self._kernel.pack_linear(weight) for weight in weights])
 
     def gate(self, weight: Tensor) -> Linear:
-        return _NativeLinear(self._kernel, [self._kernel.pack_linear(ScaledWeight(weight))])
+        return NativeLinear(self._kernel, [self._kernel.pack_linear(ScaledWeight(weight))])
 
     def mlp(self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight) -> Mlp:
         if not all(cpu_ffn.can_pack(weight.weight.dtype, weight.block) for weight in (gate, up, down)):
             return self._fallback.mlp(gate, up, down)
-        return _NativeMlp(self._kernel, cpu_ffn.PackedLayer({0: self._kernel.pack_expert(gate, up, down)}))
+        return NativeMlp(self._kernel, cpu_ffn.PackedLayer({0: self._kernel.pack_expert(gate, up, down)}))
+
+    def per_head(self, weight: ScaledWeight, num_heads: int, split: int) -> tuple[PerHead, PerHead]:
+        parts = _cut_heads(weight, num_heads, split)
+        if parts is None or not all(cpu_ffn.can_pack(part.weight.dtype, part.block) for half in parts for part in half):
+            parts = _cut_heads(ScaledWeight(expand(weight).to(self._kernel.dtype)), num_heads, split)
+            assert parts is not None
+        first, second = parts
+        return (
+            NativePerHead(self._kernel, self._kernel.pack_side_by_side(first)),
+            NativePerHead(self._kernel, self._kernel.pack_side_by_side(second)),
+        )
 
 
 def expand(weight: ScaledWeight) -> Tensor:
@@ -98,6 +124,29 @@ def expand(weight: ScaledWeight) -> Tensor:
     if weight.scale_inv is None:
         return weight.weight
     return dequantize_block(weight.weight, weight.scale_inv, weight.block)
+
+
+def _cut_heads(
+    weight: ScaledWeight, num_heads: int, split: int
+) -> tuple[list[ScaledWeight], list[ScaledWeight]] | None:
+    """Each head's first rows transposed, and its others as they are; None if a block of scales spans two parts."""
+    rows = weight.weight.shape[0] // num_heads
+    block_rows, block_columns = weight.block
+    if weight.scale_inv is not None and (rows % block_rows or split % block_rows):
+        return None
+    first: list[ScaledWeight] = []
+    second: list[ScaledWeight] = []
+    for start in range(0, num_heads * rows, rows):
+        upper, lower = weight.weight[start : start + split], weight.weight[start + split : start + rows]
+        if weight.scale_inv is None:
+            first.append(ScaledWeight(upper.T.contiguous()))
+            second.append(ScaledWeight(lower))
+            continue
+        scales = weight.scale_inv[start // block_rows : (start + rows) // block_rows]
+        upper_scales, lower_scales = scales[: split // block_rows], scales[split // block_rows :]
+        first.append(ScaledWeight(upper.T.contiguous(), upper_scales.T.contiguous(), (block_columns, block_rows)))
+        second.append(ScaledWeight(lower, lower_scales, weight.block))
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -119,7 +168,27 @@ class _TorchMlp:
 
 
 @dataclass(frozen=True)
-class _NativeLinear:
+class TorchPerHead:
+    """weight: [num_heads, in, out]."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class NativePerHead:
+    kernel: cpu_ffn.CpuKernel
+    matrices: list[cpu_ffn.PackedMatrix]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        heads = [self.kernel.linear(x[:, head], matrix) for head, matrix in enumerate(self.matrices)]
+        return torch.stack(heads, dim=1)
+
+
+@dataclass(frozen=True)
+class NativeLinear:
     kernel: cpu_ffn.CpuKernel
     matrices: list[cpu_ffn.PackedMatrix]
 
@@ -130,7 +199,7 @@ class _NativeLinear:
 
 
 @dataclass(frozen=True)
-class _NativeMlp:
+class NativeMlp:
     """A dense MLP or a shared expert is a layer with one expert that every row chooses with weight 1."""
 
     kernel: cpu_ffn.CpuKernel

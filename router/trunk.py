@@ -5,17 +5,21 @@ One call is one step of the engine: the new tokens of many sequences, flattened.
 
 from __future__ import annotations
 
+from time import perf_counter_ns
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from experts.model_config import ModelConfig
-from router.decoder_layer import DecoderLayer, ExpertDispatcher
+from router.decoder_layer import DecoderLayer, ExpertDispatcher, run_layers
 from router.latent_cache import LatentCache
 from router.layer_order import LayerOrder
+from router.linear import NativeLinear
 from router.norm import rms_norm
 from router.rotary import compute_rotations
 from router.step_batch import StepBatch
+from router.step_times import PartTimes
 from router.weights import TrunkWeights
 
 
@@ -34,9 +38,10 @@ class Trunk:
     ) -> None:
         self._config = config
         self._weights = weights
+        self.times = PartTimes()
         rotations = compute_rotations(config, max_model_len)
         self._layers = [
-            DecoderLayer(config, layer_id, layer, dispatcher, cache, rotations, deterministic=deterministic)
+            DecoderLayer(config, layer_id, layer, dispatcher, cache, rotations, self.times, deterministic=deterministic)
             for layer_id, layer in enumerate(weights.layers)
         ]
 
@@ -47,13 +52,16 @@ class Trunk:
         order has that batch come first. order: None, the batch waits for no other.
         """
         hidden_states = functional.embedding(batch.input_ids, self._weights.embed_tokens)
-        for layer_id, layer in enumerate(self._layers):
-            if order is not None:
-                await order.enter(layer_id)
-            hidden_states = await layer.forward(hidden_states, batch)
-        return hidden_states
+        return await run_layers(self._layers, hidden_states, batch, order)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [num_rows, hidden_size] of forward. Returns [num_rows, vocab_size] float32."""
-        normed = rms_norm(hidden_states, self._weights.norm, self._config.rms_norm_eps)
-        return self._weights.lm_head(normed, torch.float32)
+        started = perf_counter_ns()
+        weights, eps = self._weights, self._config.rms_norm_eps
+        if isinstance(weights.lm_head, NativeLinear):
+            normed = weights.lm_head.kernel.rms_norm(hidden_states.contiguous(), weights.norm, eps)
+        else:
+            normed = rms_norm(hidden_states, weights.norm, eps)
+        logits = weights.lm_head(normed, torch.float32)
+        self.times.head_ns += perf_counter_ns() - started
+        return logits

@@ -15,7 +15,7 @@ from experts.model_config import ModelConfig
 from experts.tensor_names import list_trunk_tensors
 from router.attention import AttentionWeights
 from router.gate import GateWeights
-from router.linear import Linear, LinearFactory, Mlp, choose_linear_factory, expand
+from router.linear import Linear, LinearFactory, Mlp, PerHead, choose_linear_factory, expand
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ class _Reader:
         gate, up, down = (self._stored(f"{module}.{name}") for name in ("gate_proj", "up_proj", "down_proj"))
         return self._factory.mlp(gate, up, down)
 
+    def per_head(self, module: str, num_heads: int, split: int) -> tuple[PerHead, PerHead]:
+        return self._factory.per_head(self._stored(module), num_heads, split)
+
     def _stored(self, module: str) -> ScaledWeight:
         name = f"{module}.weight"
         info = self._checkpoint.check_stored_weight(name, self._shapes[name])
@@ -137,10 +140,7 @@ def _load_layer(reader: _Reader, config: ModelConfig, layer_id: int) -> LayerWei
 
 def _load_attention(reader: _Reader, config: ModelConfig, prefix: str) -> AttentionWeights:
     has_q_lora = config.q_lora_rank is not None
-    kv_b_proj = reader.dense(f"{prefix}.kv_b_proj").view(
-        config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank
-    )  # per head: k_nope rows, then v rows
-    w_uk, w_uv = kv_b_proj.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+    w_uk, w_uv = reader.per_head(f"{prefix}.kv_b_proj", config.num_attention_heads, config.qk_nope_head_dim)
     return AttentionWeights(
         qkv_a_proj=reader.linear(
             f"{prefix}.q_a_proj" if has_q_lora else f"{prefix}.q_proj", f"{prefix}.kv_a_proj_with_mqa"
@@ -148,7 +148,7 @@ def _load_attention(reader: _Reader, config: ModelConfig, prefix: str) -> Attent
         q_a_layernorm=reader.vector(f"{prefix}.q_a_layernorm.weight") if has_q_lora else None,
         q_b_proj=reader.linear(f"{prefix}.q_b_proj") if has_q_lora else None,
         kv_a_layernorm=reader.vector(f"{prefix}.kv_a_layernorm.weight"),
-        w_uk=w_uk.contiguous(),
-        w_uv=w_uv.contiguous(),
+        w_uk=w_uk,
+        w_uv=w_uv,
         o_proj=reader.linear(f"{prefix}.o_proj"),
     )

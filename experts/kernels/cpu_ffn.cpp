@@ -2,21 +2,18 @@
 // feed-forward network, and plain linear layers. This file has the jobs and the C interface that cpu_ffn.py calls;
 // cpu/ has the memory order of weights (matrix.h), the arithmetics (amx.h, avx512_bf16.h, vector.inc) and the threads.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "cpu/cpuid.h"
 #include "cpu/engine.h"
+#include "cpu/job.h"
+#include "cpu/layer.h"
 #include "cpu/matrix.h"
 #include "cpu/pool.h"
+#include "cpu/rows.h"
 
 // Each family's code is compiled for its own instructions, whatever the rest of the library is compiled for.
 #define SHOAL_SPACE portable
@@ -42,6 +39,7 @@
 
 #include "cpu/e4m3_avx512.h"
 
+#include "cpu/attend_avx512_bf16.h"
 #include "cpu/avx512_bf16.h"
 
 #include "cpu/amx.h"
@@ -50,11 +48,6 @@
 
 namespace shoal {
 namespace {
-
-// Rows of experts that are computed together; bounds the working memory (about 75 MB at 7168 x 2048).
-constexpr int kBatchPairs = 4096;
-// Below this estimate a call stays on the caller's thread: waking another costs about as much.
-constexpr double kAloneUs = 80;
 
 enum Status : int32_t { kOk = 0, kNotHosted = 1, kBadPair = 2, kUnsupported = 3, kNoMemory = 4 };
 
@@ -78,114 +71,24 @@ const Engine* find_engine(int family, int arithmetic, const Matrix& matrix) {
     }
 }
 
-// Memory that grows and stays; its content does not survive growing.
-class Buffer {
-  public:
-    ~Buffer() { std::free(data_); }
-    uint8_t* reserve(size_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = 0;
-            const size_t page = bytes >= (4u << 20) ? 2u << 20 : 64;
-            const size_t rounded = (bytes + page - 1) / page * page;
-            data_ = static_cast<uint8_t*>(std::aligned_alloc(page, rounded));
-            if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-            if (page > 64) madvise(data_, rounded, MADV_HUGEPAGE);
+// The cache and hidden states are in the arithmetic's dtype.
+const RowKernels* find_rows(int family, int dtype) {
+    if (!is_supported(family)) return nullptr;
+    const bool bf16 = dtype == kBfloat16;
+    switch (family) {
+#if defined(__x86_64__)
+        case kAmx:  // vector dot products: attention is bound by memory long before tiles would pay
+        case kAvx512Bf16:
+            return bf16 ? &avx512_bf16::kRows : &avx512::kFp32Rows;
+        case kAvx2:
+            return bf16 ? &avx2::kBf16Rows : &avx2::kFp32Rows;
 #endif
-            size_ = rounded;
-        }
-        return data_;
-    }
-    uint8_t* data() const { return data_; }
-
-  private:
-    uint8_t* data_ = nullptr;
-    size_t size_ = 0;
-};
-
-// Owned by whoever holds the pool's turn.
-struct Workspace {
-    Buffer x, inner;
-    std::vector<std::unique_ptr<Scratch>> scratches;  // of each thread
-    std::vector<std::unique_ptr<Buffer>> sums;        // of each thread
-    static Workspace& instance() {
-        static Workspace* workspace = new Workspace;
-        return *workspace;
-    }
-};
-
-// Some rows of one expert. at, inner_at: offsets of its packed rows in the workspace.
-struct Chunk {
-    int first_pair, rows;
-    size_t at, inner_at;
-};
-
-// An expert with its chunks [begin, end).
-struct Segment {
-    int slot, begin, end;
-};
-
-int chunk_rows(int rows) {
-    const int chunks = (rows + kChunkRows - 1) / kChunkRows;
-    return (rows + chunks - 1) / chunks;
-}
-
-// Panels of the next task when `left` are: large first, because each task reads its activations again, then ever
-// smaller, so that threads of unequal speed finish together.
-int panels_of_task(int left, int threads) { return std::max(left / (threads * 2), 4); }
-
-// Call multiply(panels, chunk) for panels [begin, end) and every chunk; several chunks take turns on a few panels,
-// which then are in the cache. next: see Panels::after.
-template <class F>
-void for_chunks(const Matrix& matrix, int begin, int end, int num_chunks, const uint8_t* next, F&& multiply) {
-    const int step = num_chunks == 1 ? end - begin : 4;
-    for (int panel = begin; panel < end; panel += step) {
-        const int stop = std::min(panel + step, end);
-        const uint8_t* after = stop < end ? matrix.cells + stop * matrix.panel_bytes() : next;
-        for (int chunk = 0; chunk < num_chunks; ++chunk)
-            multiply(Panels{matrix, panel, stop,
-                            chunk + 1 < num_chunks ? matrix.cells + panel * matrix.panel_bytes() : after},
-                     chunk);
+        case kPortable:
+            return bf16 ? &portable::kBf16Rows : &portable::kFp32Rows;
+        default:
+            return nullptr;
     }
 }
-
-class Job {
-  public:
-    explicit Job(const Engine& engine) : engine_(engine) {
-        while (int(workspace_.scratches.size()) < pool_.threads()) {
-            workspace_.scratches.emplace_back(new Scratch);
-            workspace_.sums.emplace_back(new Buffer);
-        }
-    }
-
-    // weight_bytes read and multiply-adds done decide whether other threads are worth waking.
-    void estimate(double weight_bytes, double products) { alone_ = weight_bytes / 12e3 + products / 3e5 < kAloneUs; }
-    int threads() const { return alone_ ? 1 : pool_.threads(); }
-    Workspace& workspace() { return workspace_; }
-    Scratch& scratch(int thread) { return *workspace_.scratches[thread]; }
-    const Engine& engine() const { return engine_; }
-
-    // body(task, next task or null, thread) for all tasks; a thread takes its next task before it starts one.
-    template <class Task, class F>
-    void run(const std::vector<Task>& tasks, F&& body) {
-        pool_.run(int(tasks.size()), alone_, [&](Tasks& numbers, int thread) {
-            int current = numbers.take();
-            while (current < numbers.count()) {
-                const int next = numbers.take();
-                body(tasks[current], next < numbers.count() ? &tasks[next] : nullptr, thread);
-                current = next;
-            }
-            if (engine_.leave) engine_.leave();
-        });
-    }
-
-  private:
-    const Engine& engine_;
-    Pool& pool_ = Pool::instance();
-    Workspace& workspace_ = Workspace::instance();
-    bool alone_ = true;
-};
 
 struct Ffn {
     const Matrix* gate_up;  // [slot]
@@ -401,45 +304,43 @@ int32_t shoal_linear(int32_t family, int32_t arithmetic, const Matrix* matrix, c
     if (!engine) return kUnsupported;
     std::lock_guard<std::mutex> turn(Pool::instance().turn());
     Job job(*engine);
-    struct Range {
-        int begin, end;
-    };
-    std::vector<Range> tasks;
-    const int panels = matrix->panels();
-    std::vector<Chunk> chunks;
-    for (int first = 0; first < num_rows; first += kBatchPairs) {
-        const int batch = std::min(num_rows - first, kBatchPairs), rows = chunk_rows(batch);
-        job.estimate(double(panels) * matrix->panel_bytes(), double(matrix->rows) * matrix->columns * batch);
-        chunks.clear();
-        tasks.clear();
-        size_t bytes = 0;
-        for (int i = 0; i < batch; i += rows) {
-            chunks.push_back({first + i, std::min(rows, batch - i), bytes, 0});
-            bytes += engine->packed_bytes(chunks.back().rows, matrix->columns);
-        }
-        uint8_t* packed = job.workspace().x.reserve(bytes);
-        job.run(chunks, [&](const Chunk& chunk, const Chunk*, int) {
-            const uint8_t* from =
-                static_cast<const uint8_t*>(x) + size_t(chunk.first_pair) * x_stride * (dtype == kBfloat16 ? 2 : 4);
-            engine->pack(Rows{from, Dtype(dtype), size_t(x_stride), nullptr, chunk.rows, matrix->columns},
-                         packed + chunk.at);
-        });
-        for (int panel = 0, end; panel < panels; panel = end) {
-            end = std::min(panel + panels_of_task(panels - panel, job.threads()), panels);
-            tasks.push_back({panel, end});
-        }
-        job.run(tasks, [&](const Range& task, const Range* next, int thread) {
-            const uint8_t* after = next ? matrix->cells + next->begin * matrix->panel_bytes() : nullptr;
-            for_chunks(*matrix, task.begin, task.end, int(chunks.size()), after, [&](const Panels& range, int i) {
-                const Chunk& chunk = chunks[i];
-                uint8_t* to = static_cast<uint8_t*>(result) +
-                              size_t(chunk.first_pair) * result_stride * (result_dtype == kBfloat16 ? 2 : 4);
-                const Output output{to,   Dtype(result_dtype), size_t(result_stride), kPanelRows, nullptr, nullptr,
-                                    false};
-                engine->project(range, packed + chunk.at, chunk.rows, output, job.scratch(thread));
-            });
-        });
-    }
+    multiply_rows(job, {{matrix, result, Dtype(result_dtype), size_t(result_stride)}}, x, Dtype(dtype),
+                  size_t(x_stride), num_rows);
+    return kOk;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+// result[num_rows][columns] = x / rms * weight, row by row.
+int32_t shoal_rms_norm(int32_t family, const void* x, int32_t dtype, int32_t num_rows, int32_t columns,
+                       const float* weight, float eps, void* result) {
+    const RowKernels* kernels = find_rows(family, dtype);
+    if (!kernels) return kUnsupported;
+    const size_t row_bytes = size_t(columns) * item_bytes(Dtype(dtype));
+    for (int row = 0; row < num_rows; ++row)
+        kernels->rms_norm(static_cast<const uint8_t*>(x) + row * row_bytes, Dtype(dtype), weight, columns, eps,
+                          static_cast<uint8_t*>(result) + row * row_bytes, Dtype(dtype));
+    return kOk;
+}
+
+// hidden[count] = round(hidden + (first + second)); second may be null.
+int32_t shoal_add(int32_t family, void* hidden, int32_t dtype, const float* first, const float* second,
+                  int64_t count) {
+    const RowKernels* kernels = find_rows(family, dtype);
+    if (!kernels) return kUnsupported;
+    kernels->add(hidden, Dtype(dtype), first, second, size_t(count));
+    return kOk;
+}
+
+// Everything of a decoder layer before its experts or MLP; see cpu/layer.h.
+int32_t shoal_attend(const Layer* layer, const LayerStep* step) try {
+    const Engine *engine = find_engine(layer->family, layer->arithmetic, *layer->o_proj),
+                 *gate_engine = layer->gate ? find_engine(layer->family, layer->arithmetic, *layer->gate) : engine;
+    const RowKernels* kernels = find_rows(layer->family, layer->arithmetic);
+    if (!engine || !gate_engine || !kernels || layer->kv_lora_rank + layer->qk_rope_head_dim > kMaxWidth)
+        return kUnsupported;
+    std::lock_guard<std::mutex> turn(Pool::instance().turn());
+    LayerJob(*layer, *step, *engine, *gate_engine, *kernels).run();
     return kOk;
 } catch (const std::bad_alloc&) {
     return kNoMemory;

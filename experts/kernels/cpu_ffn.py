@@ -29,7 +29,7 @@ Family = Literal["amx", "avx512_bf16", "avx2", "portable"]
 FAMILIES: Final[tuple[Family, ...]] = ("amx", "avx512_bf16", "avx2", "portable")
 
 # Counts changes of arithmetic: two versions may differ in the last bits.
-ARITHMETIC_VERSION = 1
+ARITHMETIC_VERSION = 2
 
 # Rows of a packed panel and inputs of a packed block (cpu/matrix.h).
 PANEL_ROWS = 32
@@ -108,6 +108,11 @@ class PackedMatrix:
         )
 
 
+def describe_matrices(matrices: Sequence[PackedMatrix]) -> ctypes.Array[_Matrix]:
+    """The C views of several, side by side, valid while the matrices live."""
+    return (_Matrix * len(matrices))(*(matrix.describe() for matrix in matrices))
+
+
 class PackedExpert(NamedTuple):
     """gate_up: paired, [2 * inner, hidden]; down: [hidden, inner]."""
 
@@ -129,8 +134,8 @@ class PackedLayer(Mapping[int, PackedExpert]):
             raise ValueError(f"the experts of a layer have one shape and dtype, got {shapes}")
         self._experts = dict(sorted(experts.items()))
         self.hidden_size = next(iter(self._experts.values())).down.rows
-        self.gate_up = (_Matrix * len(self._experts))(*(expert.gate_up.describe() for expert in self._experts.values()))
-        self.down = (_Matrix * len(self._experts))(*(expert.down.describe() for expert in self._experts.values()))
+        self.gate_up = describe_matrices([expert.gate_up for expert in self._experts.values()])
+        self.down = describe_matrices([expert.down for expert in self._experts.values()])
         self.slots = np.full(max(self._experts) + 1, -1, dtype=np.int32)
         self.slots[list(self._experts)] = np.arange(len(self._experts), dtype=np.int32)
 
@@ -208,8 +213,8 @@ class CpuKernel:
 
     def __init__(self, library: ctypes.CDLL, family: Family, dtype: torch.dtype) -> None:
         self._library = library
-        self._family = FAMILIES.index(family)
-        self._arithmetic = _DTYPES[dtype]
+        self.family_number: Final = FAMILIES.index(family)
+        self.arithmetic_number: Final = _DTYPES[dtype]
         self.family: Final = family
         self.dtype: Final = dtype
 
@@ -234,6 +239,12 @@ class CpuKernel:
     def pack_linear(self, weight: ScaledWeight, arena: WeightArena | None = None) -> PackedMatrix:
         """Pack [rows, columns] for linear. arena: None makes one of the right size. Raises ValueError, see can_pack."""
         return self._pack((weight,), arena, paired=False)
+
+    def pack_side_by_side(self, weights: Sequence[ScaledWeight]) -> list[PackedMatrix]:
+        """Pack many small matrices into one arena: each alone would take whole 2 MB pages."""
+        sizes = (packed_size((w.weight.shape[0], w.weight.shape[1]), w.weight.dtype) for w in weights)
+        arena = WeightArena(sum(sizes))
+        return [self.pack_linear(weight, arena) for weight in weights]
 
     def pack_expert(
         self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight, arena: WeightArena | None = None
@@ -271,8 +282,8 @@ class CpuKernel:
             return result
         self._check(
             self._library.shoal_expert_ffn(
-                self._family,
-                self._arithmetic,
+                self.family_number,
+                self.arithmetic_number,
                 layer.gate_up,
                 layer.down,
                 layer.slots.ctypes.data,
@@ -305,8 +316,8 @@ class CpuKernel:
         if result.numel():
             self._check(
                 self._library.shoal_linear(
-                    self._family,
-                    self._arithmetic,
+                    self.family_number,
+                    self.arithmetic_number,
                     ctypes.byref(matrix.describe()),
                     flat.data_ptr(),
                     _DTYPES[flat.dtype],
@@ -318,6 +329,40 @@ class CpuKernel:
                 )
             )
         return result.view(*x.shape[:-1], matrix.rows)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x: [num_rows, d] contiguous, bf16 or fp32; weight: [d] float32. Returns x's dtype."""
+        result = torch.empty_like(x)
+        self._check(
+            self._library.shoal_rms_norm(
+                self.family_number,
+                x.data_ptr(),
+                _DTYPES[x.dtype],
+                x.shape[0],
+                x.shape[1],
+                weight.data_ptr(),
+                eps,
+                result.data_ptr(),
+            )
+        )
+        return result
+
+    def add_(self, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None) -> None:
+        """x += first + second, summed in fp32 and rounded once. All contiguous; first and second: float32."""
+        self._check(
+            self._library.shoal_add(
+                self.family_number,
+                x.data_ptr(),
+                _DTYPES[x.dtype],
+                first.data_ptr(),
+                None if second is None else second.data_ptr(),
+                x.numel(),
+            )
+        )
+
+    def attend(self, layer: int, step: int) -> None:
+        """Addresses of a layer and a step (cpu_layer.py)."""
+        self._check(self._library.shoal_attend(layer, step))
 
     def _pack(self, parts: Sequence[ScaledWeight], arena: WeightArena | None, *, paired: bool) -> PackedMatrix:
         shape, dtype = tuple(parts[0].weight.shape), parts[0].weight.dtype
@@ -397,6 +442,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         *(integer, integer, address, address, integer, ctypes.c_int64),
         *(integer, address, integer, ctypes.c_int64),
     )
+    library.shoal_rms_norm.argtypes = (
+        *(integer, address, integer, integer, integer, address, ctypes.c_float, address),
+    )
+    library.shoal_add.argtypes = (integer, address, integer, address, address, ctypes.c_int64)
+    library.shoal_attend.argtypes = (address, address)
     return library
 
 

@@ -12,6 +12,7 @@ from router import attention as attention_module
 from router.attention import Attention
 from router.block_pool import count_blocks
 from router.latent_cache import LatentCache
+from router.linear import TorchFactory
 from router.norm import rms_norm
 from router.rotary import apply_rotary, compute_rotations, compute_softmax_scale
 from router.step_batch import TokenSpan, build_step_batch
@@ -30,7 +31,9 @@ def stored(tiny_checkpoint: Path) -> Mapping[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> tuple[ModelConfig, LayerWeights]:
     checkpoint = Checkpoint(tiny_checkpoint)
-    return checkpoint.config, load_trunk_weights(checkpoint, torch.float32).layers[0]
+    return checkpoint.config, load_trunk_weights(checkpoint, torch.float32, factory=TorchFactory(torch.float32)).layers[
+        0
+    ]
 
 
 def textbook(config: ModelConfig, stored: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -108,9 +111,11 @@ def test_a_long_context_is_not_expanded(
     expanded: list[int] = []
     expand = Attention._attend_expanded  # pyright: ignore[reportPrivateUsage]
 
-    def spy(attention: Attention, q_nope: torch.Tensor, q_pe: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    def spy(
+        attention: Attention, q_nope: torch.Tensor, q_pe: torch.Tensor, cache: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
         expanded.append(cache.shape[0])
-        return expand(attention, q_nope, q_pe, cache)
+        return expand(attention, q_nope, q_pe, cache, *weights)
 
     monkeypatch.setattr(Attention, "_attend_expanded", spy)
     in_chunks(config, layer, x, [64, 86], deterministic=False)

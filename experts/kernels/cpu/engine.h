@@ -16,6 +16,8 @@ constexpr int kChunkRows = 64;
 
 enum Dtype : int32_t { kBfloat16 = 0, kFloat32 = 1 };
 
+inline size_t item_bytes(Dtype dtype) { return dtype == kBfloat16 ? 2 : 4; }
+
 // Rows to read: row i is rows[i] of base (i itself if rows is null); stride in elements.
 struct Rows {
     const void* base;
