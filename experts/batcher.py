@@ -3,10 +3,11 @@
 Reading an expert's weights from memory costs the same for one row as for four, so frames of the same layer from
 several routers are worth more together. Nothing waits for company: a frame that finds the group idle is computed
 alone, at once, and what arrives meanwhile forms the next call. There is no thread here: the thread of the frame that
-leads a call computes for the others.
+leads a call computes for the others. Frames that one thread brings together (those of all routers' streams, say) are
+joined in the same way.
 
-Each stream has at most one frame here, so the queue is as long as there are streams. A row's result does not depend
-on the frames beside it as far as the kernel computes rows independently of each other.
+The credit of the streams bounds the queue. A row's result does not depend on the frames beside it as far as the kernel
+computes rows independently of each other.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,38 +46,54 @@ class Computed(NamedTuple):
     num_frames: int
 
 
+class Entry:
+    """A frame and what becomes of it. received_s, deadline_s: of time.monotonic. is_wanted is asked when its turn
+    comes. woken without an outcome: lead the next call."""
+
+    def __init__(
+        self, frame: ComputeFrame, received_s: float, deadline_s: float, is_wanted: Callable[[], bool]
+    ) -> None:
+        self.frame = frame
+        self.received_s = received_s
+        self.deadline_s = deadline_s
+        self.is_wanted = is_wanted
+        self.woken = threading.Event()
+        self.outcome: Computed | BaseException | None = None
+        self.key = (frame.layer_id, frame.exact, frame.hidden_states.shape[1])
+        self.result_bytes = frame.num_result_rows * frame.hidden_states.shape[1] * torch.float32.itemsize
+
+
 class Batcher:
-    """Gives frames their turn. compute() is called from many threads, one call per thread at a time."""
+    """Gives frames their turn. compute_all() is called from many threads, one call per thread at a time."""
 
     def __init__(self, group: FrameComputer) -> None:
         self._group = group
         self._lock = threading.Lock()
         self._is_busy = False
-        self._waiting: list[_Entry] = []
+        self._waiting: list[Entry] = []
 
-    def compute(self, frame: ComputeFrame, deadline_s: float, is_wanted: Callable[[], bool]) -> Computed:
-        """Compute a checked frame when its turn comes, with the frames that can be joined with it.
+    def compute_all(self, entries: Sequence[Entry]) -> Iterator[Entry]:
+        """Compute checked frames (at least one) when their turn comes, with others that wait and can be joined.
 
-        deadline_s: of time.monotonic. is_wanted is asked when the turn comes. Raises Overloaded if that is after the
-        deadline or the answer is not wanted any more, and what the group raises for this frame.
+        Yields each entry once it has its outcome, in their order: Overloaded if its turn came after its deadline or
+        it is not wanted any more, else what the group gave or raised for it. The caller must exhaust the iterator.
         """
-        entry = _Entry(frame, deadline_s, is_wanted)
         with self._lock:
             leads = not self._is_busy
-            if leads:
-                self._is_busy = True
-            else:
-                self._waiting.append(entry)
-        if not leads:
-            self._wait(entry)
-        if entry.outcome is None:
-            self._lead(entry)
-        assert entry.outcome is not None
-        if isinstance(entry.outcome, BaseException):
-            raise entry.outcome
-        return entry.outcome
+            self._is_busy = True
+            self._waiting += entries[1:] if leads else entries
+        for entry in entries:
+            if not leads:
+                try:
+                    self._wait(entry)
+                except Overloaded as error:
+                    entry.outcome = error
+            leads = False
+            if entry.outcome is None:
+                self._lead(entry)
+            yield entry
 
-    def _wait(self, entry: _Entry) -> None:
+    def _wait(self, entry: Entry) -> None:
         """Until the frame is computed or has to lead the next call."""
         if entry.woken.wait(max(0.0, entry.deadline_s - time.monotonic())):
             return
@@ -87,7 +104,7 @@ class Batcher:
         # It is being computed, or was told to lead just now: either ends soon.
         entry.woken.wait()
 
-    def _lead(self, leader: _Entry) -> None:
+    def _lead(self, leader: Entry) -> None:
         """Compute leader's frame and what can be joined with it, then hand over to the oldest frame left."""
         with self._lock:
             batch = [leader, *self._take_joinable(leader)]
@@ -106,9 +123,9 @@ class Batcher:
                 else:
                     self._is_busy = False
 
-    def _take_joinable(self, leader: _Entry) -> list[_Entry]:
+    def _take_joinable(self, leader: Entry) -> list[Entry]:
         """Remove and return the waiting frames that fit in one call with leader's, oldest first."""
-        taken: list[_Entry] = []
+        taken: list[Entry] = []
         num_bytes = leader.result_bytes
         for entry in self._waiting:
             if entry.key == leader.key and num_bytes + entry.result_bytes <= MAX_JOINED_BYTES:
@@ -141,22 +158,9 @@ def join_frames(frames: Sequence[ComputeFrame]) -> ComputeFrame:
     )
 
 
-class _Entry:
-    """A frame and what becomes of it. woken without an outcome: lead the next call."""
-
-    def __init__(self, frame: ComputeFrame, deadline_s: float, is_wanted: Callable[[], bool]) -> None:
-        self.frame = frame
-        self.deadline_s = deadline_s
-        self.is_wanted = is_wanted
-        self.woken = threading.Event()
-        self.outcome: Computed | BaseException | None = None
-        self.key = (frame.layer_id, frame.exact, frame.hidden_states.shape[1])
-        self.result_bytes = frame.num_result_rows * frame.hidden_states.shape[1] * torch.float32.itemsize
-
-
-def _compute_together(group: FrameComputer, batch: Sequence[_Entry]) -> None:
+def _compute_together(group: FrameComputer, batch: Sequence[Entry]) -> None:
     """Give every entry its outcome. If the joined call fails, each frame is computed alone: one may be to blame."""
-    wanted: list[_Entry] = []
+    wanted: list[Entry] = []
     now_s = time.monotonic()
     for entry in batch:
         if now_s >= entry.deadline_s:
@@ -179,7 +183,7 @@ def _compute_together(group: FrameComputer, batch: Sequence[_Entry]) -> None:
             entry.outcome = error
 
 
-def _compute_joined(group: FrameComputer, entries: Sequence[_Entry]) -> None:
+def _compute_joined(group: FrameComputer, entries: Sequence[Entry]) -> None:
     started_s = time.monotonic()
     result = group.compute(join_frames([entry.frame for entry in entries]))
     ended_s = time.monotonic()

@@ -1,8 +1,9 @@
 """Serves one expert group over gRPC: experts.v1.ExpertService and grpc.health.v1.
 
-A synchronous server: every open stream holds one thread, which decodes a frame, waits for its turn, computes and
-answers, in the order of the stream. One frame of each stream waits for its turn at most (experts/batcher.py); the
-others wait in their stream, which HTTP/2 flow control bounds. Errors become a ComputeStatus here and nowhere else.
+One address for all. The streams of routers, which every layer of every step waits for, are served by one thread that
+reads, computes and answers (experts/router_streams.py). Any other client is forwarded to an ordinary gRPC server in
+this process (experts/front_door.py), which answers the same calls with one thread per stream; it listens on loopback
+only. Both give their frames to one Batcher. Errors become a ComputeStatus here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +21,25 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from experts import wire
-from experts.batcher import Batcher
+from experts.batcher import Batcher, Computed, Entry
 from experts.errors import BadFrame, Draining, ExpertsError, NotHosted, Overloaded, StaleIncarnation
+from experts.front_door import FrontDoor
 from experts.group import ExpertGroup
+from experts.http2_stream import make_client_opening
 from experts.load_meter import load_to_proto, make_load_meter
+from experts.router_streams import (
+    INVALID_ARGUMENT,
+    RESOURCE_EXHAUSTED,
+    Received,
+    RouterStreams,
+    StreamBroken,
+)
 from experts.v1 import experts_pb2
-from experts.wire import MAX_MESSAGE_BYTES, SERVICE_NAME, ComputeFrame, ComputeStatus
+from experts.wire import COMPUTE_METHOD, MAX_MESSAGE_BYTES, SERVICE_NAME, Buffer, ComputeFrame, ComputeStatus
 
 logger = logging.getLogger(__name__)
 
-# Calls beside the streams: Describe, and the health checks of Ray and of every router.
+# Calls beside the streams of other clients: Describe, and the health checks of Ray and of every router.
 _SPARE_THREADS = 32
 
 _SERVER_OPTIONS = (
@@ -43,6 +53,10 @@ _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
+# Of the gRPC server behind the front door.
+_INNER_HOST = "127.0.0.1"
+_DOOR_TIMEOUT_S = 1.0
+
 _STATUS_OF_ERROR: dict[type[ExpertsError], ComputeStatus] = {
     BadFrame: ComputeStatus.BAD_REQUEST,
     NotHosted: ComputeStatus.NOT_HOSTED,
@@ -50,6 +64,9 @@ _STATUS_OF_ERROR: dict[type[ExpertsError], ComputeStatus] = {
     Overloaded: ComputeStatus.OVERLOADED,
     Draining: ComputeStatus.DRAINING,
 }
+
+
+_CODE_OF_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +109,21 @@ class ExpertServer:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="experts-grpc")
         self._health = health.HealthServicer(experimental_non_blocking=True)
         self._server = grpc.server(self._pool, options=_SERVER_OPTIONS, maximum_concurrent_rpcs=num_threads)
+        self._streams = RouterStreams(self._serve, self._enter_stream, self._leave_stream)
+        self._door = FrontDoor(make_client_opening(COMPUTE_METHOD), self._streams.adopt)
 
     def start(self) -> str:
         """Bind and serve. Returns "host:port". Raises RuntimeError or OSError if the port is taken."""
         self._server.add_generic_rpc_handlers((self._make_handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._port = self._server.add_insecure_port(f"{self._host}:{self._port}")
-        if self._port == 0:
-            raise OSError(f"cannot listen on {self._host}")
+        inner_port = self._server.add_insecure_port(f"{_INNER_HOST}:0")
         self._server.start()
+        try:
+            self._port = self._door.start(self._host, self._port, (_INNER_HOST, inner_port))
+        except OSError:
+            self._server.stop(None)
+            raise
+        self._streams.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return self.endpoint
 
@@ -128,7 +151,11 @@ class ExpertServer:
         self._health.enter_graceful_shutdown()
         with self._state:
             self._is_draining = True
-        self._server.stop(grace_s).wait()
+        self._door.stop_listening()
+        stopped = self._server.stop(grace_s)
+        self._streams.close(grace_s)
+        stopped.wait()
+        self._door.close(_DOOR_TIMEOUT_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _set_health(self, status: Any) -> None:
@@ -170,71 +197,128 @@ class ExpertServer:
     def _load(self, request: experts_pb2.LoadRequest, context: grpc.ServicerContext) -> Any:
         return load_to_proto(self._meter, self._identity.incarnation, time.monotonic(), request.with_pairs)
 
-    def _compute_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Answer the frames of one router, one by one, until it closes the stream."""
+    def _enter_stream(self) -> None:
+        """Count a stream in. Raises StreamBroken if there are too many."""
         with self._state:
-            is_full = self._num_streams >= self._max_streams
-            self._num_streams += not is_full
-        if is_full:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_streams} streams are open already")
-        try:
-            for data in requests:
-                yield self._answer(data, context)
-        finally:
-            with self._state:
-                self._num_streams -= 1
-                self._state.notify_all()
+            if self._num_streams >= self._max_streams:
+                raise StreamBroken(RESOURCE_EXHAUSTED, f"{self._max_streams} streams are open already")
+            self._num_streams += 1
 
-    def _answer(self, data: bytes, context: grpc.ServicerContext) -> bytes:
-        """Compute one frame; whatever goes wrong with it becomes an answer to it."""
-        received_s = time.monotonic()
+    def _leave_stream(self) -> None:
+        with self._state:
+            self._num_streams -= 1
+            self._state.notify_all()
+
+    def _compute_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Answer the frames of a client of the gRPC server, one by one, until it closes the stream."""
+        try:
+            self._enter_stream()
+            try:
+                for data in requests:
+                    entry = self._admit(data, time.monotonic(), context.is_active)
+                    if isinstance(entry, Entry):
+                        yield from (b"".join(self._encode(done)) for done in self._batcher.compute_all([entry]))
+                    else:
+                        yield b"".join(entry)
+            finally:
+                self._leave_stream()
+        except StreamBroken as error:
+            context.abort(_CODE_OF_NUMBER[error.code], str(error))
+
+    def _serve(self, received: Sequence[Received]) -> None:
+        """Answer the frames that came over routers' streams: all that wait together are computed together."""
+        admitted: list[Received] = []
+        entries: list[Entry] = []
+        for message in received:
+            stream = message.stream
+            try:
+                entry = self._admit(message.data, message.received_s, lambda stream=stream: stream.is_open)
+            except StreamBroken as error:
+                self._streams.end_stream(stream, error.code, str(error))
+                continue
+            if isinstance(entry, Entry):
+                admitted.append(message)
+                entries.append(entry)
+            else:
+                stream.answer(entry, len(message.data))
+        if not entries:
+            return
+        for message, entry in zip(admitted, self._batcher.compute_all(entries), strict=True):
+            try:
+                message.stream.answer(self._encode(entry), len(message.data))
+            except StreamBroken as error:
+                self._streams.end_stream(message.stream, error.code, str(error))
+
+    def _admit(self, data: Buffer, received_s: float, is_wanted: Callable[[], bool]) -> Entry | list[Buffer]:
+        """Decode and check a frame. Returns it, ready to be computed, or the answer that refuses it.
+
+        Raises StreamBroken if there is no number to answer to.
+        """
         frame_id: int | None = None
         try:
             frame = wire.decode_request(data)
             frame_id = frame.frame_id
-            return self._compute(frame, received_s, context)
+            self._check(frame)
         except BadFrame as error:
-            if error.frame_id is None and frame_id is None:
-                # No number to answer to: the stream itself is broken.
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            return self._refuse(error.frame_id if frame_id is None else frame_id, ComputeStatus.BAD_REQUEST, str(error))
-        except ExpertsError as error:
-            return self._refuse(frame_id, _STATUS_OF_ERROR.get(type(error), ComputeStatus.INTERNAL), str(error))
+            frame_id = error.frame_id if frame_id is None else frame_id
+            if frame_id is None:
+                raise StreamBroken(INVALID_ARGUMENT, str(error)) from error
+            return self._refuse(frame_id, error)
+        except StreamBroken:
+            raise
         except Exception as error:
-            if is_out_of_memory(error):
-                return self._refuse(frame_id, ComputeStatus.OVERLOADED, "out of memory for this frame")
-            logger.exception("frame failed frame_id=%s", frame_id)
-            return self._refuse(frame_id, ComputeStatus.INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0])
+            assert frame_id is not None
+            return self._refuse(frame_id, error)
+        return Entry(frame, received_s, received_s + frame.deadline_ms / 1000, is_wanted)
 
-    def _compute(self, frame: ComputeFrame, received_s: float, context: grpc.ServicerContext) -> bytes:
+    def _check(self, frame: ComputeFrame) -> None:
+        """Raises an ExpertsError if the frame is not for this replica, now."""
         if self._is_draining:
             raise Draining(f"replica {self._identity.replica_id} is draining")
         if frame.incarnation != self._identity.incarnation:
             raise StaleIncarnation(f"this is incarnation {self._identity.incarnation}, not {frame.incarnation}")
         self._group.check_frame(frame)
-        computed = self._batcher.compute(frame, received_s + frame.deadline_ms / 1000, context.is_active)
-        self._meter.note_frame(
-            frame.layer_id,
-            frame.pair_experts,
-            received_s=received_s,
-            started_s=computed.started_s,
-            ended_s=computed.ended_s,
-        )
-        return wire.encode_response(
-            frame_id=frame.frame_id,
-            incarnation=self._identity.incarnation,
-            tensor=computed.tensor,
-            queue_us=int((computed.started_s - received_s) * 1e6),
-            compute_us=int((computed.ended_s - computed.started_s) * 1e6),
-            dtype=frame.reply_dtype,
-        )
 
-    def _refuse(self, frame_id: int | None, status: ComputeStatus, message: str) -> bytes:
-        assert frame_id is not None
+    def _encode(self, entry: Entry) -> list[Buffer]:
+        """The answer to a frame that was computed, or failed to be."""
+        frame, outcome = entry.frame, entry.outcome
+        try:
+            if isinstance(outcome, Computed):
+                self._meter.note_frame(
+                    frame.layer_id,
+                    frame.pair_experts,
+                    received_s=entry.received_s,
+                    started_s=outcome.started_s,
+                    ended_s=outcome.ended_s,
+                )
+                return wire.encode_response_parts(
+                    frame_id=frame.frame_id,
+                    incarnation=self._identity.incarnation,
+                    tensor=outcome.tensor,
+                    queue_us=int((outcome.started_s - entry.received_s) * 1e6),
+                    compute_us=int((outcome.ended_s - outcome.started_s) * 1e6),
+                    dtype=frame.reply_dtype,
+                )
+        except Exception as error:
+            return self._refuse(frame.frame_id, error)
+        assert outcome is not None
+        return self._refuse(frame.frame_id, outcome)
+
+    def _refuse(self, frame_id: int, error: BaseException) -> list[Buffer]:
+        """An answer that says what went wrong."""
+        if isinstance(error, ExpertsError):
+            status, message = _STATUS_OF_ERROR.get(type(error), ComputeStatus.INTERNAL), str(error)
+        elif is_out_of_memory(error):
+            status, message = ComputeStatus.OVERLOADED, "out of memory for this frame"
+        else:
+            status, message = ComputeStatus.INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
+            logger.error("frame failed frame_id=%d", frame_id, exc_info=error)
         logger.debug("refused frame_id=%d status=%s: %s", frame_id, status.name, message)
-        return wire.encode_refusal(
-            frame_id=frame_id, incarnation=self._identity.incarnation, status=status, message=message
-        )
+        return [
+            wire.encode_refusal(
+                frame_id=frame_id, incarnation=self._identity.incarnation, status=status, message=message
+            )
+        ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,6 +26,11 @@ from experts.v1 import experts_pb2
 # Explicit cap of both sides (gRPC's default is 4 MiB to receive and no limit to send).
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 SERVICE_NAME = "experts.v1.ExpertService"
+DESCRIBE_METHOD = f"/{SERVICE_NAME}/Describe"
+COMPUTE_METHOD = f"/{SERVICE_NAME}/Compute"
+
+# What a message or a part of one may come or go as: contiguous bytes.
+Buffer = bytes | bytearray | memoryview
 
 _Header = TypeVar("_Header", bound=Message)
 
@@ -152,7 +157,7 @@ def compute_max_rows(hidden_size: int, num_experts_per_tok: int, wire_format: Wi
     return (MAX_MESSAGE_BYTES - _MAX_HEADER_BYTES) // max(request_bytes, reply_bytes)
 
 
-def encode_request(
+def encode_request_parts(
     *,
     frame_id: int,
     incarnation: int,
@@ -165,8 +170,8 @@ def encode_request(
     exact: bool,
     deadline_ms: int,
     reply_dtype: torch.dtype | None = None,
-) -> bytes:
-    """Encode one frame with a single copy of its tensors.
+) -> list[Buffer]:
+    """Encode one frame without a copy of its tensors: the parts are the message, one after the other.
 
     hidden_states: [num_rows, hidden_size] bfloat16 or float32, or FP8 rows, on the CPU. pair_rows, pair_experts: int32
     [num_pairs], sorted by row, then expert. pair_weights: float32 [num_pairs]. reply_dtype: None: as the request's.
@@ -189,10 +194,15 @@ def encode_request(
         deadline_ms=deadline_ms,
     )
     parts = [values.view(np.uint8).data for values in pairs]
-    return _join(header, [*parts, *(view_bytes(tensor) for tensor in row_parts)])
+    return _assemble(header, [*parts, *(view_bytes(tensor) for tensor in row_parts)])
 
 
-def decode_request(data: bytes) -> ComputeFrame:
+def encode_request(**request: Any) -> bytes:
+    """The message of encode_request_parts() in one piece."""
+    return b"".join(encode_request_parts(**request))
+
+
+def decode_request(data: Buffer) -> ComputeFrame:
     """Decode and check one frame without copying its tensors.
 
     Raises BadFrame, with the frame_id where the header could be read.
@@ -238,7 +248,7 @@ def decode_request(data: bytes) -> ComputeFrame:
     )
 
 
-def encode_response(
+def encode_response_parts(
     *,
     frame_id: int,
     incarnation: int,
@@ -246,8 +256,11 @@ def encode_response(
     queue_us: int,
     compute_us: int,
     dtype: torch.dtype | None = None,
-) -> bytes:
-    """Encode a result. tensor: [rows, hidden_size], bfloat16 or float32, on the CPU. It travels as dtype or its own."""
+) -> list[Buffer]:
+    """Encode a result, without a copy unless it changes its dtype: the parts are the message, one after the other.
+
+    tensor: [rows, hidden_size], bfloat16 or float32, on the CPU. It travels as dtype or its own.
+    """
     dtype = dtype or tensor.dtype
     rows: torch.Tensor | QuantizedRows = tensor
     if dtype != tensor.dtype:
@@ -262,7 +275,12 @@ def encode_response(
         queue_us=queue_us,
         compute_us=compute_us,
     )
-    return _join(header, [view_bytes(part) for part in _split_rows(rows)[1]])
+    return _assemble(header, [view_bytes(part) for part in _split_rows(rows)[1]])
+
+
+def encode_response(**response: Any) -> bytes:
+    """The message of encode_response_parts() in one piece."""
+    return b"".join(encode_response_parts(**response))
 
 
 def encode_refusal(*, frame_id: int, incarnation: int, status: ComputeStatus, message: str) -> bytes:
@@ -270,11 +288,11 @@ def encode_refusal(*, frame_id: int, incarnation: int, status: ComputeStatus, me
     header = experts_pb2.ComputeResponseHeader(
         frame_id=frame_id, incarnation=incarnation, status=status.value, message=message[:1000]
     )
-    return _join(header, [])
+    return b"".join(_assemble(header, []))
 
 
 def decode_response(
-    data: bytes,
+    data: Buffer,
     *,
     expected_rows: int | None = None,
     expected_hidden_size: int | None = None,
@@ -404,30 +422,31 @@ def _are_few_pairs_sound(
     return True
 
 
-def _join(header: Message, parts: Sequence[memoryview]) -> bytes:
+def _assemble(header: Message, parts: Sequence[memoryview]) -> list[Buffer]:
     """Put a message together: header as field 1, the parts as field 2 (left out when empty, as proto3 does)."""
     head = header.SerializeToString()
     start = bytearray((_HEADER_TAG,))
     _append_varint(start, len(head))
     start += head
+    size = sum(map(len, parts))
     if parts:
         start.append(_TENSORS_TAG)
-        _append_varint(start, sum(map(len, parts)))
-    message = b"".join((start, *parts))
-    if len(message) > MAX_MESSAGE_BYTES:
-        raise BadFrame(f"a frame of {len(message)} bytes exceeds the cap of {MAX_MESSAGE_BYTES}: send fewer rows")
-    return message
+        _append_varint(start, size)
+    size += len(start)
+    if size > MAX_MESSAGE_BYTES:
+        raise BadFrame(f"a frame of {size} bytes exceeds the cap of {MAX_MESSAGE_BYTES}: send fewer rows")
+    return [start, *parts]
 
 
-def _split(data: bytes, header_type: type[_Header], message_type: type[Message]) -> tuple[_Header, memoryview]:
+def _split(data: Buffer, header_type: type[_Header], message_type: type[Message]) -> tuple[_Header, memoryview]:
     """Find header and tensor bytes: by hand where the fields lie as we write them, else with the protobuf parser."""
     view = memoryview(data)
     located = _locate(view)
     try:
         if located is not None:
             header_start, header_end, tensors_start = located
-            return header_type.FromString(data[header_start:header_end]), view[tensors_start:]
-        message: Any = message_type.FromString(data)
+            return header_type.FromString(bytes(view[header_start:header_end])), view[tensors_start:]
+        message: Any = message_type.FromString(bytes(data))
     except DecodeError as error:
         raise BadFrame(f"{len(data)} bytes that are no {message_type.DESCRIPTOR.name}: {error}") from error
     return message.header, memoryview(message.tensors)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from experts.activation_quantization import QuantizedRows, quantize_rows
-from experts.wire import ComputeReply, ComputeStatus, WireFormat, compute_max_rows, encode_request
+from experts.wire import Buffer, ComputeReply, ComputeStatus, WireFormat, compute_max_rows, encode_request_parts
 from router.dispatch_plan import GroupFrame, plan_frames, split_frame
 from router.errors import (
     CallTimeout,
@@ -100,10 +100,9 @@ class Dispatcher:
         )
         pending = PendingGather(self, layer)
         pending.start()
-        # The caller computes on this thread next. In one turn of the loop the connections hand the frames to the
-        # transport, whose own threads send them.
+        # The caller computes on this thread next, and nobody else writes what the sockets have not taken yet.
         try:
-            await asyncio.sleep(0)
+            await pending.wait_sent()
         except asyncio.CancelledError:
             pending.abandon()
             raise
@@ -197,8 +196,8 @@ class Dispatcher:
 
     def _encode(
         self, connection: ExpertConnection, frame_id: int, layer: _Layer, frame: GroupFrame, timeout_s: float
-    ) -> bytes:
-        return encode_request(
+    ) -> list[Buffer]:
+        return encode_request_parts(
             frame_id=frame_id,
             incarnation=connection.replica.incarnation,
             table_version=self._pool.table.version,
@@ -289,6 +288,12 @@ class PendingGather:
             else:
                 self._posted[index] = posted
         self._timer = self._loop.call_later(self._dispatcher.first_timeout_s(self._layer), self._time_out)
+
+    async def wait_sent(self) -> None:
+        """Until the frames are on their way, or a short time."""
+        for posted in list(self._posted.values()):
+            if not posted.connection.is_flushed:
+                await posted.connection.wait_flushed()
 
     async def gather(self) -> Tensor:
         """[num_tokens, hidden_size] float32. Raises ExpertsUnavailable."""

@@ -4,35 +4,47 @@ It dials, checks that the process at the address is the replica the expert table
 digest), opens the stream, and pairs replies with frames by frame_id. When the stream breaks, every outstanding frame
 fails at once with ConnectionLost and it dials again until it is closed. It does not retry frames: that is for the
 dispatcher, which knows the other replicas.
+
+The check is an ordinary gRPC call; the stream is experts.http2_stream on a socket that the event loop watches, so that
+a frame is written, and a reply read, by the loop's own thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import itertools
 import logging
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 
 import grpc
 import grpc.aio
 
 from experts.errors import ExpertsError
+from experts.front_door import set_stream_options
+from experts.http2_stream import MessageStream, StreamEnded, make_client_opening
 from experts.v1 import experts_pb2 as pb
-from experts.wire import MAX_MESSAGE_BYTES, ComputeReply, decode_response
+from experts.wire import (
+    COMPUTE_METHOD,
+    DESCRIBE_METHOD,
+    MAX_MESSAGE_BYTES,
+    Buffer,
+    ComputeReply,
+    decode_response,
+)
 from router.cancellation import is_task_cancelled
 from router.errors import CallTimeout, ConnectionLost, ReplicaError, ReplicaMismatch
 from router.expert_table import ReplicaEntry
 
 logger = logging.getLogger(__name__)
 
-DESCRIBE_METHOD = "/experts.v1.ExpertService/Describe"
-COMPUTE_METHOD = "/experts.v1.ExpertService/Compute"
-
 # Dialling again: quick enough for a replica that Ray restarts in about 0.3 s, without hammering one that is gone.
 FIRST_RETRY_S = 0.02
 LAST_RETRY_S = 0.5
 DIAL_TIMEOUT_S = 5.0
+
+# A frame that is not sent within this after a scatter is sent when the loop comes by again.
+FLUSH_WAIT_S = 0.01
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -47,23 +59,32 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+_OPENING = make_client_opening(COMPUTE_METHOD)
+
+
 class ExpertConnection:
     """Mutated only by its own event loop. `outstanding` is the number of frames without a reply."""
 
     def __init__(self, replica: ReplicaEntry, hidden_size: int, on_change: Callable[[], None]) -> None:
         """on_change is called whenever `ready` changes."""
         self.replica = replica
-        self.ready = False
+        self._is_connected = False
         self._hidden_size = hidden_size
         self._on_change = on_change
         self._pending: dict[int, Callable[[ComputeReply | ReplicaError], None]] = {}
-        self._outgoing: collections.deque[tuple[int, bytes]] = collections.deque()
-        # The frame being written now, and the task that writes while there is something to write.
-        self._writing_id: int | None = None
-        self._writer: asyncio.Task[None] | None = None
         self._frame_ids = itertools.count(1)
-        self._stream: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
+        self._stream: MessageStream | None = None
+        # What ended the stream.
+        self._ended: asyncio.Future[Exception] | None = None
+        self._opened: asyncio.Future[None] | None = None
+        self._is_writer_added = False
+        self._flushed = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"expert {replica.replica_id}")
+
+    @property
+    def ready(self) -> bool:
+        """Whether frames can be posted."""
+        return self._is_connected and self._stream is not None
 
     @property
     def outstanding(self) -> int:
@@ -72,18 +93,39 @@ class ExpertConnection:
     def next_frame_id(self) -> int:
         return next(self._frame_ids)
 
-    def post(self, frame_id: int, data: bytes, on_done: Callable[[ComputeReply | ReplicaError], None]) -> None:
+    def post(
+        self, frame_id: int, parts: Sequence[Buffer], on_done: Callable[[ComputeReply | ReplicaError], None]
+    ) -> None:
         """Send one encoded frame without waiting for anything. Raises ConnectionLost if there is no stream.
 
-        on_done is called once, from the event loop, with the reply or with what became of the frame, unless forget()
-        comes first. There is no deadline here: the caller has one for all its frames.
+        parts must stay as they are until on_done is called or forget() returns. on_done is called once, from the event
+        loop, with the reply or with what became of the frame, unless forget() comes first. There is no deadline here:
+        the caller has one for all its frames.
         """
-        if self._stream is None or not self.ready:
+        if self._stream is None or not self._is_connected:
             raise ConnectionLost(f"replica {self.replica.replica_id} is not connected")
         self._pending[frame_id] = on_done
-        self._outgoing.append((frame_id, data))
-        if self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write(self._stream))
+        try:
+            self._stream.send(frame_id, parts, sum(map(len, parts)))
+        except OSError as error:
+            self._end_stream(error)
+        else:
+            self._watch()
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether everything posted is on its way."""
+        return self._stream is None or not self._stream.wants_write
+
+    async def wait_flushed(self) -> None:
+        """Until everything posted is on its way, or FLUSH_WAIT_S."""
+        while not self.is_flushed:
+            self._flushed.clear()
+            try:
+                async with asyncio.timeout(FLUSH_WAIT_S):
+                    await self._flushed.wait()
+            except TimeoutError:
+                return
 
     def forget(self, frame_id: int) -> None:
         """Wait no more for a frame.
@@ -92,15 +134,13 @@ class ExpertConnection:
         """
         if self._pending.pop(frame_id, None) is None:
             return
-        if frame_id == self._writing_id and self._stream is not None:
-            self._stream.cancel()
-        else:
-            self._outgoing = collections.deque(entry for entry in self._outgoing if entry[0] != frame_id)
+        if self._stream is not None and not self._stream.withdraw(frame_id):
+            self._end_stream(StreamEnded("a frame could not be written"))
 
-    async def call(self, frame_id: int, data: bytes, timeout_s: float) -> ComputeReply:
+    async def call(self, frame_id: int, parts: Sequence[Buffer], timeout_s: float) -> ComputeReply:
         """Send one encoded frame and wait for its reply. Raises ConnectionLost or CallTimeout. See forget()."""
         reply: asyncio.Future[ComputeReply | ReplicaError] = asyncio.get_running_loop().create_future()
-        self.post(frame_id, data, lambda outcome: None if reply.done() else reply.set_result(outcome))
+        self.post(frame_id, parts, lambda outcome: None if reply.done() else reply.set_result(outcome))
         try:
             async with asyncio.timeout(timeout_s):
                 outcome = await reply
@@ -122,26 +162,19 @@ class ExpertConnection:
         retry_s = FIRST_RETRY_S
         while True:
             try:
-                await self._serve_once()
-                reason = "stream ended"
-                retry_s = FIRST_RETRY_S
+                reason = _describe(await self._serve_once())
             except ReplicaMismatch as error:
                 reason = str(error)
                 retry_s = LAST_RETRY_S
-            except (grpc.RpcError, TimeoutError, OSError, ExpertsError) as error:
+            except (grpc.RpcError, TimeoutError, OSError) as error:
                 reason = _describe(error)
             except asyncio.CancelledError:
                 if is_task_cancelled():
                     raise
-                reason = "a frame could not be written"
+                reason = "dialling was given up"
             finally:
-                was_ready = self.ready
-                self.ready = False
-                self._stream = None
-                if self._writer is not None:
-                    self._writer.cancel()
-                    self._writer = None
-            if was_ready:
+                was_connected, self._is_connected = self._is_connected, False
+            if was_connected:
                 retry_s = FIRST_RETRY_S
                 logger.warning("replica lost replica_id=%s reason=%s", self.replica.replica_id, reason)
                 self._on_change()
@@ -149,38 +182,90 @@ class ExpertConnection:
             await asyncio.sleep(retry_s)
             retry_s = min(LAST_RETRY_S, retry_s * 2)
 
-    async def _serve_once(self) -> None:
-        """Dial, check, and read replies until the stream ends."""
+    async def _serve_once(self) -> Exception:
+        """Dial, check, and serve the stream until it ends. Returns what ended it, raises what was wrong before."""
         async with grpc.aio.insecure_channel(self.replica.endpoint, options=CHANNEL_OPTIONS) as channel:
             await self._check_identity(channel)
-            compute = channel.stream_stream(COMPUTE_METHOD)
-            stream = compute()
-            await asyncio.wait_for(stream.wait_for_connection(), DIAL_TIMEOUT_S)
-            self._stream = stream
-            self.ready = True
-            logger.info("replica connected replica_id=%s", self.replica.replica_id)
-            self._on_change()
-            while True:
-                data = await stream.read()
-                if not isinstance(data, bytes):  # EOF
-                    return
-                self._deliver(decode_response(data))
-
-    async def _write(self, stream: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
-        """Hand over what is there to be sent, frame by frame, as fast as flow control lets it go."""
+        loop = asyncio.get_running_loop()
+        host, _, port = self.replica.endpoint.rpartition(":")
+        connection: socket.socket | None = None
         try:
-            while self._outgoing:
-                self._writing_id, data = self._outgoing.popleft()
-                await stream.write(data)
-        except (grpc.RpcError, asyncio.InvalidStateError, asyncio.CancelledError):
-            # The reader meets the same end and tells everybody who waits.
-            stream.cancel()
-            if is_task_cancelled():
-                raise
+            async with asyncio.timeout(DIAL_TIMEOUT_S):
+                connection = await _connect(host.strip("[]"), int(port))
+                self._stream = MessageStream(connection, _OPENING, MAX_MESSAGE_BYTES)
+                self._ended, self._opened = loop.create_future(), loop.create_future()
+                loop.add_reader(connection, self._read)
+                self._stream.flush()
+                self._watch()
+                await asyncio.wait((self._opened, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if not self._ended.done():
+                self._is_connected = True
+                logger.info("replica connected replica_id=%s", self.replica.replica_id)
+                self._on_change()
+            return await self._ended
         finally:
-            if self._stream is stream:
-                self._writing_id = None
-                self._writer = None
+            self._drop_stream()
+            if connection is not None:
+                connection.close()
+
+    def _read(self) -> None:
+        """The socket has something."""
+        stream = self._stream
+        if stream is None:
+            return
+        try:
+            for data in stream.receive():
+                stream.consume(len(data))
+                self._deliver(decode_response(data))
+                if self._stream is not stream:  # whoever got the reply broke the stream
+                    return
+        except (StreamEnded, OSError, ExpertsError) as error:
+            self._end_stream(error)
+            return
+        if self._opened is not None and stream.is_open and not self._opened.done():
+            self._opened.set_result(None)
+        self._watch()
+
+    def _write(self) -> None:
+        """The socket takes more."""
+        if self._stream is None:
+            return
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._end_stream(error)
+            return
+        self._watch()
+
+    def _watch(self) -> None:
+        """Ask the loop to tell when the socket takes more, as long as there is more."""
+        if self._stream is None or self._stream.wants_write == self._is_writer_added:
+            return
+        loop = asyncio.get_running_loop()
+        if self._stream.wants_write:
+            loop.add_writer(self._stream.socket, self._write)
+        else:
+            loop.remove_writer(self._stream.socket)
+            self._flushed.set()
+        self._is_writer_added = not self._is_writer_added
+
+    def _end_stream(self, error: Exception) -> None:
+        """The stream is no good any more; _run fails what is outstanding and dials again."""
+        self._drop_stream()
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(error)
+
+    def _drop_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(stream.socket)
+        if self._is_writer_added:
+            loop.remove_writer(stream.socket)
+            self._is_writer_added = False
+        self._flushed.set()
+        stream.close()
 
     async def _check_identity(self, channel: grpc.aio.Channel) -> None:
         describe = channel.unary_unary(
@@ -206,9 +291,24 @@ class ExpertConnection:
 
     def _fail_pending(self, reason: str) -> None:
         failed, self._pending = self._pending, {}
-        self._outgoing.clear()
         for on_done in failed.values():
             on_done(ConnectionLost(f"replica {self.replica.replica_id}: {reason}"))
+
+
+async def _connect(host: str, port: int) -> socket.socket:
+    """Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    connection = socket.socket(family, kind, protocol)
+    try:
+        connection.setblocking(False)
+        await loop.sock_connect(connection, address)
+        set_stream_options(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _describe(error: BaseException) -> str:

@@ -16,8 +16,8 @@ import grpc.aio
 
 from experts.expert_range import ExpertRange
 from experts.v1 import experts_pb2 as pb
-from experts.wire import expert_ranges_from_proto
-from router.expert_connection import CHANNEL_OPTIONS, DESCRIBE_METHOD, DIAL_TIMEOUT_S
+from experts.wire import DESCRIBE_METHOD, expert_ranges_from_proto
+from router.expert_connection import CHANNEL_OPTIONS, DIAL_TIMEOUT_S
 from router.expert_pool import ExpertPool
 from router.expert_table import ExpertTable, GroupEntry, ReplicaEntry
 

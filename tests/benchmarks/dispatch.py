@@ -221,7 +221,7 @@ class EchoGroup:
     """What an ExpertServer asks of an ExpertGroup, with the rows themselves as result."""
 
     weight_digest, numerics_id = DIGEST, NUMERICS_ID
-    hosted: tuple[ExpertRange, ...] = ()
+    hosted = (ExpertRange(0, 99, 0, NUM_EXPERTS),)
     max_rows = 1
 
     def __init__(self, hidden_size: int) -> None:

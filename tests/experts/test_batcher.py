@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experts.activation_quantization import quantize_rows
-from experts.batcher import Batcher, Computed, join_frames
+from experts.batcher import Batcher, Computed, Entry, join_frames
 from experts.checkpoint import Checkpoint
 from experts.errors import Overloaded
 from experts.expert_range import split_experts
@@ -66,6 +66,18 @@ class RecordingGroup:
         return torch.from_numpy(sums.astype(np.float32)).unsqueeze(1).expand(-1, 192)
 
 
+def compute(
+    batcher: Batcher, frame: ComputeFrame, timeout_s: float = TIMEOUT_S, is_wanted: Callable[[], bool] = lambda: True
+) -> Computed:
+    """One frame by itself, as a thread of its own brings it. Raises what became of it otherwise."""
+    now_s = time.monotonic()
+    (entry,) = batcher.compute_all([Entry(frame, now_s, now_s + timeout_s, is_wanted)])
+    assert entry.outcome is not None
+    if isinstance(entry.outcome, BaseException):
+        raise entry.outcome
+    return entry.outcome
+
+
 class Queue:
     """A batcher whose group is busy with a first frame, so that what is sent next waits together."""
 
@@ -79,7 +91,7 @@ class Queue:
     def send(
         self, frame: ComputeFrame, *, timeout_s: float = TIMEOUT_S, is_wanted: Callable[[], bool] = lambda: True
     ) -> Future[Computed]:
-        return self._pool.submit(self.batcher.compute, frame, time.monotonic() + timeout_s, is_wanted)
+        return self._pool.submit(compute, self.batcher, frame, timeout_s, is_wanted)
 
     def send_waiting(self, frame: ComputeFrame, **options: Any) -> Future[Computed]:
         """Send, and return once it waits."""
@@ -143,7 +155,7 @@ def test_a_frame_that_finds_the_group_idle_is_not_kept_waiting() -> None:
     group.gate.set()
     batcher = Batcher(group)
     for seed in range(3):
-        assert batcher.compute(make_frame(seed), time.monotonic() + TIMEOUT_S, lambda: True).num_frames == 1
+        assert compute(batcher, make_frame(seed)).num_frames == 1
 
 
 def test_a_joined_call_is_bounded(waiting: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +203,7 @@ def test_many_threads_get_their_own_results_and_nobody_waits_for_ever() -> None:
     def ask(worker: int) -> None:
         for number in range(50):
             frame = make_frame(worker * 50 + number, layer_id=1 + number % 2, exact=bool(number % 3))
-            sent = batcher.compute(frame, time.monotonic() + TIMEOUT_S, lambda: True)
+            sent = compute(batcher, frame)
             alone = RecordingGroup()
             alone.gate.set()
             assert torch.equal(sent.tensor, alone.compute(frame))
@@ -217,3 +229,18 @@ def test_joining_never_changes_a_row_where_the_kernel_computes_rows_alone(fp8_ch
         joined = group.compute(join_frames(chosen)).split(4)
         for frame, part in zip(chosen, joined, strict=True):
             assert torch.equal(part.to(frame.reply_dtype), group.compute(frame))
+
+
+def test_frames_that_one_thread_brings_together_are_joined_and_keep_their_order() -> None:
+    group = RecordingGroup()
+    group.gate.set()
+    frames = [make_frame(2), make_frame(3, layer_id=2), make_frame(4), make_frame(5, layer_id=2)]
+    now_s = time.monotonic()
+    entries = [Entry(frame, now_s, now_s + TIMEOUT_S, lambda: True) for frame in frames]
+    assert list(Batcher(group).compute_all(entries)) == entries
+    assert [call.layer_id for call in group.calls] == [1, 2]
+    for entry in entries:
+        alone = RecordingGroup()
+        alone.gate.set()
+        assert isinstance(entry.outcome, Computed) and entry.outcome.num_frames == 2
+        assert torch.equal(entry.outcome.tensor, alone.compute(entry.frame))

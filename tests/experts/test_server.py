@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +18,7 @@ from experts import wire
 from experts.checkpoint import Checkpoint
 from experts.expert_range import split_experts
 from experts.group import ExpertGroup
+from experts.http2_stream import MessageStream, StreamEnded, make_client_opening
 from experts.server import ExpertServer, ReplicaIdentity
 from experts.v1 import experts_pb2, experts_pb2_grpc
 from experts.weights import load_expert_weights
@@ -72,6 +75,37 @@ class Client:
         self.channel.close()
 
 
+class RouterClient:
+    """A stream as routers open it, blocking."""
+
+    def __init__(self, endpoint: str) -> None:
+        host, _, port = endpoint.rpartition(":")
+        connection = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
+        connection.setblocking(False)
+        self._stream = MessageStream(connection, make_client_opening(wire.COMPUTE_METHOD), wire.MAX_MESSAGE_BYTES)
+        self._stream.flush()
+        self._received: list[wire.Buffer] = []
+
+    def send(self, data: bytes) -> None:
+        self._stream.send(0, [data], len(data))
+        while self._stream.wants_write:
+            assert select.select([], [self._stream], [], TIMEOUT_S)[1]
+            self._stream.flush()
+
+    def receive(self) -> ComputeReply:
+        while not self._received:
+            assert select.select([self._stream], [], [], TIMEOUT_S)[0]
+            self._received += self._stream.receive()
+        return wire.decode_response(self._received.pop(0))
+
+    def ask(self, **overrides: Any) -> ComputeReply:
+        self.send(make_request(**overrides))
+        return self.receive()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
 def make_request(**overrides: Any) -> bytes:
     request: dict[str, Any] = {
         "frame_id": 1,
@@ -109,12 +143,13 @@ def server(group: GatedGroup) -> Iterator[ExpertServer]:
     server.stop(grace_s=0.1)
 
 
-@pytest.fixture
-def connect(server: ExpertServer) -> Iterator[Callable[[], Client]]:
+@pytest.fixture(params=[Client, RouterClient])
+def connect(server: ExpertServer, request: pytest.FixtureRequest) -> Iterator[Callable[[], Client]]:
+    """Any gRPC client, and a router."""
     clients: list[Client] = []
 
     def make() -> Client:
-        clients.append(Client(server.endpoint))
+        clients.append(request.param(server.endpoint))
         return clients[-1]
 
     yield make
@@ -125,6 +160,12 @@ def connect(server: ExpertServer) -> Iterator[Callable[[], Client]]:
 @pytest.fixture
 def client(connect: Callable[[], Client]) -> Client:
     return connect()
+
+
+@pytest.fixture
+def channel(server: ExpertServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.endpoint, options=CHANNEL_OPTIONS) as channel:
+        yield channel
 
 
 def test_answers_what_the_group_computes(client: Client, group: GatedGroup) -> None:
@@ -147,15 +188,15 @@ def test_several_streams_are_served_at_the_same_time(connect: Callable[[], Clien
     assert [client.receive().frame_id for client in clients] == [0, 1, 2]
 
 
-def test_a_generated_stub_can_talk_to_it(client: Client) -> None:
-    stub = experts_pb2_grpc.ExpertServiceStub(client.channel)
+def test_a_generated_stub_can_talk_to_it(channel: grpc.Channel) -> None:
+    stub = experts_pb2_grpc.ExpertServiceStub(channel)
     request = experts_pb2.ComputeRequest.FromString(make_request(frame_id=5, exact=True))
     (reply,) = stub.Compute(iter([request]), timeout=TIMEOUT_S)
     assert (reply.header.frame_id, reply.header.num_rows, reply.header.hidden_size) == (5, 3, 192)
 
 
-def test_describes_itself(client: Client, group: GatedGroup) -> None:
-    stub = experts_pb2_grpc.ExpertServiceStub(client.channel)
+def test_describes_itself(channel: grpc.Channel, group: GatedGroup) -> None:
+    stub = experts_pb2_grpc.ExpertServiceStub(channel)
     described = stub.Describe(experts_pb2.DescribeRequest(), timeout=TIMEOUT_S)
     assert (described.group_name, described.replica_id, described.incarnation) == ("g0", "g0-1", 77)
     assert described.weight_digest == group.weight_digest and len(described.weight_digest) == 64
@@ -164,8 +205,8 @@ def test_describes_itself(client: Client, group: GatedGroup) -> None:
     assert described.hidden_size == 192 and described.max_rows > 1000 and described.pid > 0
 
 
-def test_tells_how_busy_it_is_and_which_experts_were_asked_for(client: Client) -> None:
-    stub = experts_pb2_grpc.ExpertServiceStub(client.channel)
+def test_tells_how_busy_it_is_and_which_experts_were_asked_for(client: Client, channel: grpc.Channel) -> None:
+    stub = experts_pb2_grpc.ExpertServiceStub(channel)
     before = stub.Load(experts_pb2.LoadRequest(with_pairs=True), timeout=TIMEOUT_S)
     assert (before.num_frames, len(before.layers)) == (0, 0)
     client.ask()
@@ -201,10 +242,9 @@ def test_refuses_a_frame_and_goes_on_with_the_stream(
 def test_bytes_without_a_frame_number_end_the_stream_and_only_it(connect: Callable[[], Client], data: bytes) -> None:
     client = connect()
     client.send(data)
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises((grpc.RpcError, StreamEnded)) as caught:
         client.receive()
-    error: Any = caught.value
-    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert not isinstance(caught.value, grpc.Call) or caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert connect().ask().status is ComputeStatus.OK
 
 
@@ -226,7 +266,9 @@ def test_a_call_that_fails_is_answered_and_the_process_stays_up(
     assert client.ask().status is ComputeStatus.OK
 
 
+@pytest.mark.parametrize("connect", [Client], indirect=True)
 def test_a_frame_whose_deadline_passes_in_the_queue_is_shed(connect: Callable[[], Client], group: GatedGroup) -> None:
+    """Of any client; a router gives its late frames up by itself."""
     first, second = connect(), connect()
     group.gate.clear()
     first.send(make_request(frame_id=1))
@@ -276,15 +318,17 @@ def test_a_client_that_goes_away_leaves_no_stream_behind(
 def test_more_streams_than_allowed_are_refused(connect: Callable[[], Client]) -> None:
     clients = [connect() for _ in range(3)]
     assert all(client.ask().status is ComputeStatus.OK for client in clients)
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises((grpc.RpcError, StreamEnded, OSError)) as caught:
         connect().ask()
-    error: Any = caught.value
-    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    if isinstance(caught.value, grpc.Call):
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert clients[0].ask().status is ComputeStatus.OK
 
 
-def test_health_follows_the_drain_and_frames_are_turned_away_after_it(client: Client, server: ExpertServer) -> None:
-    health: Any = health_pb2_grpc.HealthStub(client.channel)
+def test_health_follows_the_drain_and_frames_are_turned_away_after_it(
+    client: Client, channel: grpc.Channel, server: ExpertServer
+) -> None:
+    health: Any = health_pb2_grpc.HealthStub(channel)
 
     def get_health(service: str) -> int:
         return health.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S).status
@@ -323,6 +367,60 @@ def test_stop_lets_the_frame_being_computed_finish(
     client.close()
     stopped.join(TIMEOUT_S)
     assert not stopped.is_alive()
+
+
+def test_frames_of_one_router_that_wait_together_are_computed_together(
+    server: ExpertServer, group: GatedGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches of a router, or its frame for another group's rows."""
+    client = RouterClient(server.endpoint)
+    expected = client.ask().tensor
+    rows: list[int] = []
+    compute = type(group).compute
+
+    def count(self: GatedGroup, frame: ComputeFrame) -> torch.Tensor:
+        rows.append(frame.hidden_states.shape[0])
+        return compute(self, frame)
+
+    monkeypatch.setattr(type(group), "compute", count)
+    group.gate.clear()
+    while group.entered.acquire(blocking=False):
+        pass
+    client.send(make_request(frame_id=2))
+    assert group.entered.acquire(timeout=TIMEOUT_S)
+    client.send(make_request(frame_id=3))
+    client.send(make_request(frame_id=4))
+    group.gate.set()
+    for frame_id in (2, 3, 4):
+        reply = client.receive()
+        assert reply.frame_id == frame_id and reply.tensor is not None and expected is not None
+        torch.testing.assert_close(reply.tensor, expected)
+    assert rows == [2, 4]
+    client.close()
+
+
+def test_others_are_answered_while_a_routers_frame_is_computed(
+    server: ExpertServer, group: GatedGroup, channel: grpc.Channel
+) -> None:
+    client = RouterClient(server.endpoint)
+    group.gate.clear()
+    client.send(make_request())
+    assert group.entered.acquire(timeout=TIMEOUT_S)
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    assert health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status
+    group.gate.set()
+    assert client.receive().status is ComputeStatus.OK
+    client.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n\r\n", make_client_opening("/other/Method"), b"PRI * HT"])
+def test_a_connection_that_is_no_grpc_harms_nobody(server: ExpertServer, data: bytes) -> None:
+    host, _, port = server.endpoint.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connection:
+        connection.sendall(data)
+        client = RouterClient(server.endpoint)
+        assert client.ask().status is ComputeStatus.OK
+        client.close()
 
 
 def test_a_taken_port_is_an_error(server: ExpertServer, make_group: Callable[[], GatedGroup]) -> None:

@@ -7,19 +7,21 @@ import contextlib
 import enum
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import torch
 
+from experts.batcher import Entry
 from experts.checkpoint import Checkpoint
+from experts.errors import NotHosted, Overloaded
 from experts.expert_range import split_experts
 from experts.group import ExpertGroup
+from experts.router_streams import UNAVAILABLE, StreamBroken
 from experts.server import ExpertServer, ReplicaIdentity
 from experts.weights import load_expert_weights
-from experts.wire import ComputeFrame, ComputeStatus, encode_refusal, encode_response
+from experts.wire import Buffer, ComputeFrame, encode_response_parts
 from router.decoder_layer import ExpertDispatcher
 from router.drafter import Drafter
 from router.engine import Engine
@@ -57,33 +59,42 @@ class FaultyExpertServer(ExpertServer):
         self.fault: Fault | None = None
         self.num_faults = 0
         self.num_frames = 0
+        self._spoiled_ids: list[int] = []
         self.frame_arrived = threading.Event()
 
-    def _compute_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        for answer in super()._compute_stream(requests, context):
-            if answer == b"die":
-                context.abort(grpc.StatusCode.UNAVAILABLE, "fault")
-            yield answer
-
-    def _compute(self, frame: ComputeFrame, received_s: float, context: grpc.ServicerContext) -> bytes:
+    def _check(self, frame: ComputeFrame) -> None:
         self.num_frames += 1
         self.frame_arrived.set()
         if self.num_faults == 0:
-            return super()._compute(frame, received_s, context)
+            super()._check(frame)
+            return
         self.num_faults -= 1
         match self.fault:
             case Fault.DIE_BEFORE:
-                return b"die"
-            case Fault.DIE_AFTER:
-                super()._compute(frame, received_s, context)
-                return b"die"
+                raise StreamBroken(UNAVAILABLE, "fault")
+            case Fault.OVERLOADED:
+                raise Overloaded("fault")
+            case Fault.NOT_HOSTED:
+                raise NotHosted("fault")
             case Fault.SLOW:
                 time.sleep(self.slow_s)  # the fault itself, not a wait for something
-                return super()._compute(frame, received_s, context)
+            case Fault.DIE_AFTER | Fault.WRONG_SHAPE | Fault.GARBLED:
+                self._spoiled_ids.append(frame.frame_id)
+            case None:
+                raise AssertionError("num_faults without a fault")
+
+    def _encode(self, entry: Entry) -> list[Buffer]:
+        answer = super()._encode(entry)
+        frame = entry.frame
+        if frame.frame_id not in self._spoiled_ids:
+            return answer
+        self._spoiled_ids.remove(frame.frame_id)
+        match self.fault:
+            case Fault.DIE_AFTER:
+                raise StreamBroken(UNAVAILABLE, "fault")
             case Fault.WRONG_SHAPE:
-                rows = frame.num_result_rows + 1
-                tensor = torch.zeros(rows, frame.hidden_states.shape[1])
-                return encode_response(
+                tensor = torch.zeros(frame.num_result_rows + 1, frame.hidden_states.shape[1])
+                return encode_response_parts(
                     frame_id=frame.frame_id,
                     incarnation=frame.incarnation,
                     tensor=tensor,
@@ -91,17 +102,8 @@ class FaultyExpertServer(ExpertServer):
                     compute_us=0,
                     dtype=frame.reply_dtype,
                 )
-            case Fault.OVERLOADED | Fault.NOT_HOSTED:
-                return encode_refusal(
-                    frame_id=frame.frame_id,
-                    incarnation=frame.incarnation,
-                    status=ComputeStatus[self.fault.name],
-                    message="fault",
-                )
-            case Fault.GARBLED:
-                return b"\xff\xff\xff"
-            case None:
-                raise AssertionError("num_faults without a fault")
+            case _:
+                return [b"\xff\xff\xff"]
 
 
 def load_groups(folder: Path, num_groups: int, dtype: torch.dtype = torch.float32) -> list[ExpertGroup]:

@@ -12,8 +12,9 @@ import grpc
 import pytest
 
 from experts.v1 import experts_pb2 as pb
+from experts.wire import COMPUTE_METHOD, DESCRIBE_METHOD
 from router.errors import CallTimeout, ConnectionLost
-from router.expert_connection import COMPUTE_METHOD, DESCRIBE_METHOD, ExpertConnection
+from router.expert_connection import ExpertConnection
 from router.expert_table import ReplicaEntry
 from tests.router.in_process import DEADLINE_S
 
@@ -91,7 +92,7 @@ class Watched:
 
     def call(self, timeout_s: float) -> "asyncio.Task[Any]":
         connection = self.connection
-        return asyncio.create_task(connection.call(connection.next_frame_id(), LARGE_FRAME, timeout_s))
+        return asyncio.create_task(connection.call(connection.next_frame_id(), [LARGE_FRAME], timeout_s))
 
 
 @contextlib.asynccontextmanager

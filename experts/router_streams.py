@@ -1,0 +1,209 @@
+"""The routers' streams of an expert server: one thread reads them all, computes and answers, without a hand-over.
+
+It waits for any stream to have something, reads everything that is there, and gives all whole messages to the server at
+once, so that frames of several routers, and several frames of one, can be joined. What arrives while it computes waits
+in the sockets and in the peers' credit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from experts.http2_stream import MessageStream, StreamEnded, make_server_opening, make_trailers
+from experts.wire import MAX_MESSAGE_BYTES, Buffer
+
+logger = logging.getLogger(__name__)
+
+# gRPC's status codes.
+UNAVAILABLE, RESOURCE_EXHAUSTED, INVALID_ARGUMENT = 14, 8, 3
+_OPENING = make_server_opening()
+
+
+class StreamBroken(Exception):
+    """A stream on which no frame can be answered any more. code: of gRPC."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RouterStream:
+    """One router's stream. Used by the thread of RouterStreams alone."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.messages = MessageStream(connection, _OPENING, MAX_MESSAGE_BYTES, knows_settings=True)
+        self.number = connection.fileno()
+        self.is_open = True
+        # What epoll was asked for.
+        self.mask = select.EPOLLIN
+        # Sizes of the messages that were answered, but whose answers are not sent: no credit for them yet, so that a
+        # router that does not read its answers gets no more of them computed.
+        self._owed: list[int] = []
+
+    def answer(self, parts: Sequence[Buffer], received_bytes: int) -> None:
+        """Send an answer to a message of received_bytes. Does nothing if the stream is over."""
+        if not self.is_open:
+            return
+        self._owed.append(received_bytes)
+        try:
+            self.messages.send(0, parts, sum(map(len, parts)))
+            self.settle()
+        except OSError:
+            self.is_open = False
+
+    def settle(self) -> None:
+        """Give credit for what is done with. Raises OSError if the connection is broken."""
+        if self._owed and self.messages.is_idle:
+            for size in self._owed:
+                self.messages.consume(size)
+            self._owed.clear()
+
+
+class Received(NamedTuple):
+    """A whole message. received_s: of time.monotonic."""
+
+    stream: RouterStream
+    data: Buffer
+    received_s: float
+
+
+class RouterStreams:
+    """start() begins the thread; adopt() gives it a connection; close() ends both."""
+
+    def __init__(
+        self,
+        serve: Callable[[Sequence[Received]], None],
+        on_open: Callable[[], None],
+        on_closed: Callable[[], None],
+    ) -> None:
+        """All are called from the thread. serve answers messages; it raises nothing. on_open raises StreamBroken to
+        turn a stream away; on_closed is called when one ended that was not."""
+        self._serve = serve
+        self._on_open = on_open
+        self._on_closed = on_closed
+        self._poll = select.epoll()
+        self._streams: dict[int, RouterStream] = {}
+        self._lock = threading.Lock()
+        self._adopted: list[socket.socket] = []
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._poll.register(self._wake_in, select.EPOLLIN)
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="experts-streams", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def adopt(self, connection: socket.socket) -> None:
+        """Serve a connection whose opening was read. From any thread."""
+        with self._lock:
+            if not self._is_closing:
+                self._adopted.append(connection)
+                self._wake_out.send(b"x")
+                return
+        connection.close()
+
+    def end_stream(self, stream: RouterStream, code: int, message: str) -> None:
+        """End one stream with a gRPC status. From the thread."""
+        self._drop(stream, [make_trailers(code, message)])
+
+    def close(self, grace_s: float) -> None:
+        """Let the frames being computed be answered, for grace_s at most, then end every stream."""
+        with self._lock:
+            if not self._is_closing:
+                self._is_closing = True
+                self._wake_out.send(b"x")
+        if self._thread.ident is None:
+            return
+        self._thread.join(grace_s)
+        if self._thread.is_alive():
+            # It is in the middle of a call; its routers shall know at once.
+            for stream in list(self._streams.values()):
+                with contextlib.suppress(OSError):  # it just ended
+                    stream.messages.socket.shutdown(socket.SHUT_RDWR)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                received: list[Received] = []
+                ready = self._poll.poll()
+                for number, mask in ready:
+                    if number == self._wake_in.fileno():
+                        self._wake_in.recv(1024)
+                        self._take_adopted()
+                    elif (stream := self._streams.get(number)) is not None:
+                        self._look_at(stream, mask, received)
+                if received:
+                    self._serve(received)
+                for number, _ in ready:
+                    if (stream := self._streams.get(number)) is not None:
+                        self._settle(stream)
+        except Exception:
+            logger.exception("the thread of the routers' streams ends")
+        finally:
+            for stream in list(self._streams.values()):
+                self._drop(stream, [make_trailers(UNAVAILABLE, "the expert server stops")])
+            with self._lock:
+                self._is_closing = True
+                for connection in self._adopted:
+                    connection.close()
+            self._poll.close()
+            self._wake_in.close()
+            self._wake_out.close()
+
+    def _look_at(self, stream: RouterStream, mask: int, received: list[Received]) -> None:
+        """Write and read what can be."""
+        try:
+            if mask & select.EPOLLOUT:
+                stream.messages.flush()
+            if mask & ~select.EPOLLOUT:
+                messages = stream.messages.receive()
+                now_s = time.monotonic()
+                received += [Received(stream, data, now_s) for data in messages]
+        except (StreamEnded, OSError) as error:
+            logger.debug("stream ended: %s", error)
+            self._drop(stream)
+
+    def _settle(self, stream: RouterStream) -> None:
+        """After a turn: give credit, and ask to be told what is of use next."""
+        try:
+            stream.settle()
+        except OSError:
+            stream.is_open = False
+        if not stream.is_open:
+            self._drop(stream)
+            return
+        mask = select.EPOLLIN | (select.EPOLLOUT if stream.messages.wants_write else 0)
+        if mask != stream.mask:
+            stream.mask = mask
+            self._poll.modify(stream.number, mask)
+
+    def _take_adopted(self) -> None:
+        with self._lock:
+            adopted, self._adopted = self._adopted, []
+        for connection in adopted:
+            stream = RouterStream(connection)
+            try:
+                stream.messages.flush()
+                self._on_open()
+            except OSError:
+                connection.close()
+            except StreamBroken as error:
+                stream.messages.end([make_trailers(error.code, str(error))])
+            else:
+                self._streams[stream.number] = stream
+                self._poll.register(stream.number, stream.mask)
+
+    def _drop(self, stream: RouterStream, last: Sequence[bytes] = ()) -> None:
+        if self._streams.pop(stream.number, None) is None:
+            return
+        stream.is_open = False
+        self._poll.unregister(stream.number)
+        stream.messages.end(last)
+        self._on_closed()
