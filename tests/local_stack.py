@@ -193,7 +193,7 @@ def local_stack(
                 for index, port in enumerate(expert_ports)
             ]
             router = start("router", router_arguments(checkpoint, options, expert_ports, router_port))
-            api = start("api", api_arguments(checkpoint, router_port, api_port)) if options.api else None
+            api = start("api", api_arguments(checkpoint, [router_port], api_port)) if options.api else None
             stack = LocalStack(
                 checkpoint=checkpoint,
                 options=options,
@@ -260,12 +260,54 @@ def router_arguments(checkpoint: Path, options: StackOptions, expert_ports: Sequ
     return [*arguments, *options.extra_router_arguments]
 
 
-def api_arguments(checkpoint: Path, router_port: int, port: int) -> list[str]:
-    router = f"{HOST}:{router_port}"
-    return [
-        *("router.api", "--checkpoint", str(checkpoint), "--router", router),
-        *("--host", HOST, "--port", str(port)),
-    ]
+def api_arguments(checkpoint: Path, router_ports: Sequence[int], port: int) -> list[str]:
+    arguments = ["router.api", "--checkpoint", str(checkpoint), "--host", HOST, "--port", str(port)]
+    for router_port in router_ports:
+        arguments += ["--router", f"{HOST}:{router_port}"]
+    return arguments
+
+
+@dataclass(frozen=True)
+class ExtraRouter:
+    """A router beside a stack's own, on the same expert groups."""
+
+    process: ManagedProcess
+    endpoint: str
+
+    @property
+    def port(self) -> int:
+        return int(self.endpoint.rpartition(":")[2])
+
+    def channel(self) -> grpc.Channel:
+        return grpc.insecure_channel(self.endpoint, options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+@contextlib.contextmanager
+def extra_router(stack: LocalStack, options: StackOptions | None = None) -> Iterator[ExtraRouter]:
+    """A second router, ready. options: None for the stack's own."""
+    arguments = router_arguments(stack.checkpoint, options or stack.options, stack.expert_ports, port=0)
+    process = ManagedProcess("extra-router", arguments, stack.log_folder)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        router = ExtraRouter(process, process.wait_ready(deadline)["endpoint"])
+        with router.channel() as channel:
+            wait_until_ready(channel, deadline, process.stderr_tail)
+        yield router
+    finally:
+        process.stop()
+
+
+@contextlib.contextmanager
+def extra_api(stack: LocalStack, router_ports: Sequence[int]) -> Iterator[str]:
+    """An HTTP front for these routers, ready. Yields its URL."""
+    process = ManagedProcess("extra-api", api_arguments(stack.checkpoint, router_ports, port=0), stack.log_folder)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        url: str = process.wait_ready(deadline)["url"]
+        wait_until(lambda: httpx.get(f"{url}/health/ready").status_code == 200, deadline, process.stderr_tail)
+        yield url
+    finally:
+        process.stop()
 
 
 def run_to_end(arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,8 @@
 
 A sequence that loses its router, or that no router takes for the moment, is offered again within a bound; what it
 has produced so far becomes part of the prompt, so the client's stream just goes on (the sampler's noise depends on
-seed and position only). Where routers are is the business of RouterEndpoints.
+seed and position only). Where routers are is the business of RouterEndpoints, which one suits a prompt that of
+router_choice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import grpc
 import grpc.aio
 
 from router.api.errors import ApiError, BadRequest, InternalError, Overloaded, RequestTimedOut, Unavailable
+from router.api.router_choice import Candidate, PrefixDirectory, choose_router, compute_blocks
 from router.api.settings import ApiSettings
 from router.cancellation import is_task_cancelled
 from router.v1 import router_pb2, router_pb2_grpc
@@ -83,6 +85,7 @@ class RouterClient:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._routers: dict[str, _Router] = {}
         self._retired: list[_Router] = []
+        self._prefixes = PrefixDirectory()
         self._refreshed_at_s: float | None = None
         self._refresh_task: asyncio.Task[None] | None = None
 
@@ -100,7 +103,7 @@ class RouterClient:
             if local_finish is not None:
                 yield local_finish
                 return
-            router = await self._pick(attempts.tried)
+            router = await self._pick(request, attempts.tried)
             if router is None:
                 if await attempts.pause(now_s()):
                     continue
@@ -131,6 +134,8 @@ class RouterClient:
                 "router failed request_id=%s endpoint=%s tokens=%d reason=%s",
                 request.request_id, router.endpoint, sequence.num_tokens, failure.reason,
             )  # fmt: skip
+            if failure.is_connection_lost:
+                self._prefixes.forget(router.endpoint)
             attempts.failed(router.endpoint, failure, started_s, now_s())
             if attempts.is_dangerous:
                 raise attempts.error(self._settings.retry_after_s)
@@ -160,8 +165,8 @@ class RouterClient:
                 raise
             return RouterStatus(router.endpoint, None)  # it left the address list meanwhile
 
-    async def _pick(self, tried: set[str]) -> _Router | None:
-        """The router with fewest requests of ours among those not tried; None if all were."""
+    async def _pick(self, request: router_pb2.GenerateRequest, tried: set[str]) -> _Router | None:
+        """The router that suits request best among those not tried; None if all were."""
         now_s = asyncio.get_running_loop().time()
         if tried or not self._routers or self._refreshed_at_s is None:
             await self._refresh()
@@ -170,7 +175,19 @@ class RouterClient:
         candidates = [router for router in self._routers.values() if router.endpoint not in tried]
         if not candidates:
             return None
-        return min(candidates, key=lambda router: (router.num_in_flight, router.last_used))
+        if len(self._routers) == 1:
+            return candidates[0]
+        # A lost one may stay in the address list for a while; it must not cost every request an attempt.
+        candidates = [router for router in candidates if not router.is_unreachable()] or candidates
+        blocks = compute_blocks(request.prompt_token_ids)
+        endpoint = choose_router(
+            [Candidate(router.endpoint, router.num_in_flight, router.last_used) for router in candidates],
+            blocks,
+            self._prefixes.count_held(blocks),
+        )
+        # From now on, so that requests that come together go together.
+        self._prefixes.note(blocks, endpoint)
+        return self._routers[endpoint]
 
     def _start_refresh(self) -> asyncio.Task[None]:
         if self._refresh_task is None or self._refresh_task.done():
@@ -233,6 +250,10 @@ class _Router:
     def is_connected(self) -> bool:
         """Whether a failure just now came from the router itself rather than from losing it."""
         return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    def is_unreachable(self) -> bool:
+        """Whether the last attempt to connect failed; the channel keeps trying by itself."""
+        return self._channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
     async def close(self) -> None:
         await self._channel.close()

@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,13 +46,11 @@ from tests.benchmarks.worker_processes import (
     run_workers,
 )
 from tests.local_stack import (
-    START_TIMEOUT_S,
-    LocalStack,
+    ExtraRouter,
     ManagedProcess,
     StackOptions,
+    extra_router,
     local_stack,
-    router_arguments,
-    wait_until_ready,
 )
 from tests.random_checkpoint import build_config
 
@@ -177,15 +175,16 @@ def measure(checkpoint: Path, plan: Plan, arguments: argparse.Namespace, log_fol
             memory.watch(list(ours_stack.pids().values()))
             stack.enter_context(memory)
             if not arguments.no_deterministic:
-                exact_router = stack.enter_context(start_deterministic_router(ours_stack, options))
+                exact_router = stack.enter_context(extra_router(ours_stack, replace(options, deterministic=True)))
         if ours_stack is not None and worker is not None:
             figures.append(measure_agreement(ours_stack.router_endpoint, worker, prompts))
         for turn in range(-1, plan.rounds):
             shown = plan if turn >= 0 else replace(plan, output_length=4)
             if ours_stack is not None:
-                measure_router(ours_stack.router_endpoint, ours_stack, prompts, shown, ours if turn >= 0 else Samples())
+                asked = ExtraRouter(ours_stack.router, ours_stack.router_endpoint)
+                measure_router(asked, ours_stack.experts, prompts, shown, ours if turn >= 0 else Samples())
             if ours_stack is not None and exact_router is not None:
-                measure_router(exact_router, ours_stack, prompts, shown, exact if turn >= 0 else Samples())
+                measure_router(exact_router, ours_stack.experts, prompts, shown, exact if turn >= 0 else Samples())
             if worker is not None:
                 measure_worker(worker, prompts, plan, theirs if turn >= 0 else Samples(), warm_up=turn < 0)
         if ours_stack is not None:
@@ -206,21 +205,6 @@ def measure(checkpoint: Path, plan: Plan, arguments: argparse.Namespace, log_fol
     )
 
 
-@contextlib.contextmanager
-def start_deterministic_router(stack: LocalStack, options: StackOptions) -> Iterator[str]:
-    """Its endpoint, on the stack's own expert groups."""
-    arguments = router_arguments(stack.checkpoint, replace(options, deterministic=True), stack.expert_ports, port=0)
-    process = ManagedProcess("router-deterministic", arguments, stack.log_folder)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        endpoint: str = process.wait_ready(deadline)["endpoint"]
-        with grpc.insecure_channel(endpoint) as channel:
-            wait_until_ready(channel, deadline, process.stderr_tail)
-        yield endpoint
-    finally:
-        process.stop()
-
-
 class Prompts:
     """Random token ids, none of them twice the same; the order of calls decides, so every run asks the same."""
 
@@ -236,10 +220,14 @@ class Prompts:
         return [self.draw(length) for _ in range(count)]
 
 
-def measure_router(endpoint: str, stack: LocalStack, prompts: Prompts, plan: Plan, samples: Samples) -> None:
+def measure_router(
+    router: ExtraRouter, experts: Sequence[ManagedProcess], prompts: Prompts, plan: Plan, samples: Samples
+) -> None:
+    endpoint = router.endpoint
+    pids = (router.process.pid, [process.pid for process in experts])
     for batch in plan.batches:
         drawn = prompts.draw_batch(batch, plan.prompt_length)
-        decoding = uvloop.run(decode(endpoint, stack, drawn, plan.output_length))
+        decoding = uvloop.run(decode(endpoint, *pids, drawn, plan.output_length))
         print(f"{endpoint} batch {batch}: {decoding.tokens_per_s:.1f} tokens/s", file=sys.stderr, flush=True)
         samples.decoding.setdefault(batch, []).append(decoding)
     samples.prefill_s.append(uvloop.run(first_token_s(endpoint, prompts.draw(plan.prefill_length))))
@@ -248,13 +236,13 @@ def measure_router(endpoint: str, stack: LocalStack, prompts: Prompts, plan: Pla
     samples.second_prefix_s.append(uvloop.run(first_token_s(endpoint, prefix + prompts.draw(8))))
 
 
-async def decode(endpoint: str, stack: LocalStack, prompts: Sequence[list[int]], num_tokens: int) -> Decoding:
+async def decode(
+    endpoint: str, router_pid: int, expert_pids: Sequence[int], prompts: Sequence[list[int]], num_tokens: int
+) -> Decoding:
     """All prompts at once, num_tokens each."""
     arrivals_s: list[list[float]] = [[] for _ in prompts]
     num_waiting = len(prompts)
-    router = next(psutil.Process(pid) for pid in find_listeners(endpoint, stack))
-    experts = [psutil.Process(process.pid) for process in stack.experts]
-    processes = [[router], experts, [psutil.Process()]]
+    processes = [[psutil.Process(router_pid)], [psutil.Process(pid) for pid in expert_pids], [psutil.Process()]]
     cpu_s: list[float] = []
 
     async with grpc.aio.insecure_channel(endpoint) as channel:
@@ -281,19 +269,6 @@ async def decode(endpoint: str, stack: LocalStack, prompts: Sequence[list[int]],
     spent_ms = [(after - before) * 1e3 / num_steps for before, after in zip(cpu_s[:3], cpu_s[3:], strict=True)]
     window_s = end_s - start_s
     return Decoding(num_in_window / window_s, window_s * 1e3 / num_steps, *spent_ms)
-
-
-def find_listeners(endpoint: str, stack: LocalStack) -> list[int]:
-    """The process that listens there: a router."""
-    port = int(endpoint.rpartition(":")[2])
-    if endpoint == stack.router_endpoint:
-        return [stack.router.pid]
-    children = psutil.Process().children()
-    return [
-        child.pid
-        for child in children
-        if any(connection.laddr.port == port for connection in child.net_connections("tcp"))
-    ]
 
 
 def sum_cpu_s(processes: Sequence[psutil.Process]) -> float:
