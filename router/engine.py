@@ -9,6 +9,7 @@ thread; while it waits for experts, the loop serves the RPCs.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from router.sampler import SampleRow, TokenLogprobs, compute_logprobs, sample
 from router.scheduler import ScheduledChunk, Scheduler, SchedulerLimits
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
 from router.step_batch import Segment, StepBatch, TokenSpan, build_step_batch
+from router.step_times import PartTimes
 from router.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class EngineProgress:
     num_preemptions: int
     num_prompt_tokens: int
     num_cached_tokens: int
+    times: PartTimes
 
 
 class Engine:
@@ -90,6 +93,7 @@ class Engine:
             current_step_ms=0 if started is None else int((time.monotonic() - started) * 1000),
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
+            times=dataclasses.replace(self._trunk.times),
             num_blocks=pool.num_blocks,
             num_blocks_held=pool.num_blocks - pool.num_free,
             num_blocks_idle=pool.num_idle,
@@ -135,6 +139,7 @@ class Engine:
                     await self._wake.wait()
                     continue
                 self._step_started = time.monotonic()
+                started_ns = time.perf_counter_ns()
                 try:
                     await self._step(chunks)
                 except RouterError as error:
@@ -146,6 +151,7 @@ class Engine:
                 finally:
                     self._step_started = None
                     self._num_steps += 1
+                    self._trunk.times.step_ns += time.perf_counter_ns() - started_ns
                 await asyncio.sleep(0)  # the RPC handlers send what the step gave them
 
     async def _step(self, chunks: list[ScheduledChunk]) -> None:
@@ -179,11 +185,13 @@ class Engine:
             return {}
         last_rows = [row for chunk, segment in sampled for row in _last_rows(chunk, segment)]
         logits = self._trunk.compute_logits(hidden_states[last_rows])
+        started_ns = time.perf_counter_ns()
         rows = [self._sample_row(chunk.sequence, n) for chunk, _ in sampled for n in range(chunk.num_drafts + 1)]
         token_ids = sample(logits, rows)
         ids = token_ids.tolist()
         kept = self._verify([chunk for chunk, _ in sampled], ids)
         logprobs = _compute_wanted_logprobs(logits, token_ids, kept)
+        self._trunk.times.sample_ns += time.perf_counter_ns() - started_ns
         return {
             sequence: [GeneratedToken(ids[row], logprobs.get(row)) for row in kept_rows]
             for sequence, kept_rows in kept.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -124,6 +125,8 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         response.num_waiting = progress.num_waiting
         response.num_steps = progress.num_steps
         response.current_step_ms = progress.current_step_ms
+        times = progress.times
+        response.step_times.CopyFrom(pb.StepTimes(**dataclasses.asdict(times), overhead_ns=times.overhead_ns))
         response.num_blocks = progress.num_blocks
         response.num_blocks_held = progress.num_blocks_held
         response.num_blocks_idle = progress.num_blocks_idle

@@ -178,7 +178,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("router_id", "pid", "ready", "draining", "message", "table_version", "num_running", "num_waiting", "num_steps", "current_step_ms", "connected_replica_ids", "load_progress", "num_blocks", "num_blocks_held", "num_blocks_idle", "block_size", "num_preemptions", "num_prompt_tokens", "num_cached_tokens")
+    __slots__ = ("router_id", "pid", "ready", "draining", "message", "table_version", "num_running", "num_waiting", "num_steps", "current_step_ms", "connected_replica_ids", "load_progress", "num_blocks", "num_blocks_held", "num_blocks_idle", "block_size", "num_preemptions", "num_prompt_tokens", "num_cached_tokens", "step_times")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +198,7 @@ class StatusResponse(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_TIMES_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     pid: int
     ready: bool
@@ -217,4 +218,27 @@ class StatusResponse(_message.Message):
     num_preemptions: int
     num_prompt_tokens: int
     num_cached_tokens: int
-    def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
+    step_times: StepTimes
+    def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., step_times: _Optional[_Union[StepTimes, _Mapping]] = ...) -> None: ...
+
+class StepTimes(_message.Message):
+    __slots__ = ("attention_ns", "gate_ns", "scatter_ns", "wait_ns", "shared_ns", "head_ns", "sample_ns", "overhead_ns", "step_ns")
+    ATTENTION_NS_FIELD_NUMBER: _ClassVar[int]
+    GATE_NS_FIELD_NUMBER: _ClassVar[int]
+    SCATTER_NS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_NS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_NS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_NS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_NS_FIELD_NUMBER: _ClassVar[int]
+    OVERHEAD_NS_FIELD_NUMBER: _ClassVar[int]
+    STEP_NS_FIELD_NUMBER: _ClassVar[int]
+    attention_ns: int
+    gate_ns: int
+    scatter_ns: int
+    wait_ns: int
+    shared_ns: int
+    head_ns: int
+    sample_ns: int
+    overhead_ns: int
+    step_ns: int
+    def __init__(self, attention_ns: _Optional[int] = ..., gate_ns: _Optional[int] = ..., scatter_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ..., shared_ns: _Optional[int] = ..., head_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., overhead_ns: _Optional[int] = ..., step_ns: _Optional[int] = ...) -> None: ...
