@@ -80,6 +80,9 @@ class ActorFactory:
             # Threads are ours to share out: Ray would otherwise start no more actors than there are cores.
             "num_cpus": 0,
         }
+        if actor_class in (ExpertReplica, Router):
+            # Ray shows a process the cards that it reserved for it and no other; with 0 none.
+            options["num_gpus"] = self._spec.gpus_per_actor
         if not self._spec.own_ray:
             options["scheduling_strategy"] = (
                 "SPREAD" if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=True)

@@ -43,14 +43,20 @@ class ExpertReplica:
             import torch
 
             from experts.checkpoint import Checkpoint
+            from experts.device import resolve_device
             from experts.group import ExpertGroup
             from experts.server import ExpertServer, ReplicaIdentity
             from experts.weights import load_expert_weights
 
             torch.set_num_threads(spec.expert_threads)
+            device = resolve_device(_get_device_setting(spec))
             with Checkpoint(Path(spec.checkpoint)) as checkpoint:
                 weights = load_expert_weights(
-                    checkpoint, group.hosted, getattr(torch, spec.dtype), on_fraction=publisher.show_progress
+                    checkpoint,
+                    group.hosted,
+                    getattr(torch, spec.dtype),
+                    device=device,
+                    on_fraction=publisher.show_progress,
                 )
             loaded = ExpertGroup(weights)
             identity = ReplicaIdentity(group.name, replica_id, publisher.record.incarnation)
@@ -103,6 +109,7 @@ class Router:
                     kv_cache_tokens=spec.router.kv_cache_tokens,
                     expert_wait_s=spec.router.expert_wait_s,
                     num_threads=spec.router.num_threads,
+                    device=_get_device_setting(spec),
                 )
             )
             # It listens before its weights are loaded: the expert table can come, and Status says how far it is.
@@ -122,6 +129,11 @@ class Router:
 def _start_process(spec_json: bytes) -> ClusterSpec:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     return spec_from_json(spec_json)
+
+
+def _get_device_setting(spec: ClusterSpec) -> str:
+    """A process without a share of a card must not take one that Ray gave to somebody else."""
+    return spec.device if spec.gpus_per_actor else "cpu"
 
 
 def _get_listen_host(spec: ClusterSpec) -> str:

@@ -90,8 +90,8 @@ def check_port(host: str, port: int, flag: str) -> None:
 
 
 def measure_memory(settings: ServeSettings, report: CheckReport) -> MemoryNeed:
-    """What one machine needs for everything."""
-    factor = 2 if settings.dtype == "float32" else 1
+    """What one machine needs for everything. On cards each process looks for itself whether its weights fit."""
+    factor = 0 if settings.device == "cuda" else 2 if settings.dtype == "float32" else 1
     groups_bytes = sum(part.bf16_bytes for part in report.groups) * settings.replicas
     trunk_bytes = report.trunk.bf16_bytes * settings.routers if report.trunk is not None else 0
     num_processes = settings.groups * settings.replicas + settings.routers

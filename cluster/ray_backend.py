@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import psutil
 
 from cluster.data_plane_env import DATA_PLANE_ENV
 from cluster.errors import ClusterError, StartError
+from cluster.gpu_share import compute_gpu_share
 from cluster.process_reaper import SESSION_VARIABLE, Session, list_processes, reap
 from cluster.settings import ServeSettings
 from cluster.spec import ClusterSpec
@@ -103,6 +105,17 @@ class RayBackend:
                 "with --insecure-cluster-network if the network is yours alone"
             )
         return False
+
+    def share_gpus(self, spec: ClusterSpec) -> ClusterSpec:
+        """The spec with what each actor gets of this Ray cluster's cards. Raises StartError, see gpu_share."""
+        import ray
+
+        num_gpus = ray.cluster_resources().get("GPU", 0)
+        num_actors = len(spec.router_ids) + len(spec.replica_groups)
+        share = compute_gpu_share(spec.device, num_gpus, num_actors)
+        if num_gpus or share:
+            logger.info("gpus=%g actors=%d gpus_per_actor=%g", num_gpus, num_actors, share)
+        return replace(spec, gpus_per_actor=share)
 
     def create_actors(self, spec: ClusterSpec, token_hash: str) -> None:
         """Create controller, replicas and routers without waiting for any. Raises StartError if a cluster is there."""

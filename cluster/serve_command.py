@@ -167,10 +167,11 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
         own_ray=settings.address is None,
         autoscale=tuple((pattern, rule.build_rule()) for pattern, rule in settings.autoscale.items()),
         autoscale_dry_run=settings.autoscale_dry_run,
+        device=settings.device,
     )
     # Only now: a start that is refused is one line.
     logger.info("settings %s", settings.describe())
-    logger.info("device=cpu cores=%d memory: %s", _count_cores(), need)
+    logger.info("device=%s cores=%d memory: %s", settings.device, _count_cores(), need)
     logger.info(
         "model=%s groups=%d replicas=%d routers=%d expert_threads=%d router_threads=%d api=%s admin=%s",
         model_name,
@@ -191,6 +192,7 @@ def _start(
     """Start everything at once; nothing is waited for."""
     if not backend.check_network():
         spec = replace(spec, listen_on="node")
+    spec = backend.share_gpus(spec)
     backend.start_serve(api_settings)
     backend.create_actors(spec, token_hash)
 

@@ -99,7 +99,9 @@ class ServeSettings(BaseModel):
         description="parts of a step that compute while others wait for experts; auto: as many as measured to pay, "
         "off, or a number",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where experts and trunk compute")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where experts and trunk compute; auto: on the Ray cluster's cards if it has any"
+    )
     address: str | None = Field(None, description="Ray cluster to join, e.g. auto or HOST:PORT; None: start one here")
     insecure_cluster_network: bool = Field(
         False, description="let routers and expert groups listen, unencrypted, on the cluster's own network"
@@ -148,8 +150,11 @@ class ServeSettings(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_what_is_not_there(self) -> Self:
-        if self.device == "cuda":
-            raise ValueError("device cuda is not supported yet, its kernels are still missing: use cpu or auto")
+        if self.device == "cuda" and self.deterministic:
+            raise ValueError(
+                "device cuda with deterministic: the trunk's products on a card depend on the rows beside a row; use "
+                "device cpu, or --no-deterministic"
+            )
         if self.admin_port is None and self.port == 65535:
             raise ValueError("port 65535 leaves none for the admin API: set admin_port")
         if self.admin_port == self.port:

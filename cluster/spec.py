@@ -63,6 +63,9 @@ class ClusterSpec:
     autoscale: tuple[tuple[str, AutoscaleRule], ...] = ()
     # Decide and say so, but change nothing.
     autoscale_dry_run: bool = False
+    # Where routers and replicas compute, and what each asks Ray for (cluster/gpu_share.py).
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus_per_actor: float = 0.0
 
     @property
     def replica_groups(self) -> dict[str, GroupSpec]:

@@ -55,6 +55,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
     parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences running at once")
     parser.add_argument("--kv-cache-tokens", type=int, default=None, help="default: half the free memory")
     parser.add_argument("--expert-wait-s", type=float, default=30.0, help="seconds to wait for a lost expert group")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX; auto: the first card if any")
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: all cores")
     parser.add_argument("--drain-timeout-s", type=float, default=30.0)
     options = parser.parse_args(arguments)
@@ -74,6 +75,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         kv_cache_tokens=options.kv_cache_tokens,
         expert_wait_s=options.expert_wait_s,
         num_threads=options.threads,
+        device=options.device,
         expert_endpoints=tuple(options.expert),
     )
     return config, options.drain_timeout_s

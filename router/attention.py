@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from experts.model_config import ModelConfig
 from router.block_pool import count_blocks
+from router.cuda_attention import attend_tokens
 from router.linear import Linear, PerHead, TorchPerHead
 from router.norm import rms_norm
 from router.rotary import apply_rotary
@@ -103,6 +104,8 @@ class Attention:
         ):
             expand = weights.w_uk.weight, weights.w_uv.weight
         self._cache.view(-1, rows.shape[1])[batch.slot_mapping] = rows
+        if rows.is_cuda:
+            return weights.o_proj(self._attend_on_card(queries, batch).reshape(num_tokens, -1))
         for index, segment in enumerate(batch.segments):
             span = slice(segment.start, segment.start + segment.num_new)
             context_len = segment.context_len + segment.num_new
@@ -116,6 +119,11 @@ class Attention:
         for span, rows_of_span in expanded:
             values[span] = rows_of_span
         return weights.o_proj(values.reshape(num_tokens, -1))
+
+    def _attend_on_card(self, queries: Tensor, batch: StepBatch) -> Tensor:
+        """queries: [T, H, L + R]. Returns [T, H, v_head_dim]."""
+        latents = attend_tokens(queries, self._cache, batch, self._scale, self._config.kv_lora_rank)
+        return self._weights.w_uv(latents)
 
     def _per_head(self, rows: Tensor, product: PerHead) -> Tensor:
         """rows: [T, H, in]. Returns [T, H, out]."""
@@ -146,8 +154,9 @@ class Attention:
             scores = torch.mm(flat, chunk.t()).float().mul_(self._scale)  # [n * H, chunk]
             last = start + chunk.shape[0] - 1
             if last > first_position:
-                positions = torch.arange(start, last + 1)
-                hidden = positions > torch.arange(first_position, first_position + num_new).unsqueeze(1)
+                positions = torch.arange(start, last + 1, device=cache.device)
+                asking = torch.arange(first_position, first_position + num_new, device=cache.device)
+                hidden = positions > asking.unsqueeze(1)
                 scores.view(num_new, num_heads, -1).masked_fill_(hidden.unsqueeze(1), float("-inf"))
             peak = scores.amax(dim=-1, keepdim=True)
             if total is None:
@@ -178,7 +187,8 @@ class Attention:
                 query[None], keys[None], values[None], is_causal=True, scale=self._scale
             )
         else:
-            seen = torch.arange(context_len) <= torch.arange(first_position, context_len).unsqueeze(1)
+            positions = torch.arange(context_len, device=cache.device)
+            seen = positions <= positions[first_position:].unsqueeze(1)
             attended = functional.scaled_dot_product_attention(
                 query[None], keys[None], values[None], attn_mask=seen, scale=self._scale
             )

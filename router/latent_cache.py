@@ -21,9 +21,12 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 class LatentCache:
     """Rows for num_blocks blocks in every layer. The system gives memory to a block when it is first written."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
+        """device: None: the CPU."""
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        self._rows = torch.empty(config.num_layers_total, num_blocks, BLOCK_SIZE, width, dtype=dtype)
+        self._rows = torch.empty(config.num_layers_total, num_blocks, BLOCK_SIZE, width, dtype=dtype, device=device)
 
     @property
     def num_blocks(self) -> int:

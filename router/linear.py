@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from experts.device import CPU
 from experts.kernels import cpu_ffn
 from experts.kernels.cpu_ffn import ScaledWeight
+from experts.kernels.tile_table import choose_kernels
 from experts.quantization import dequantize_block
 
 
@@ -58,8 +60,16 @@ class LinearFactory(Protocol):
         ...
 
 
-def choose_linear_factory(dtype: torch.dtype) -> LinearFactory:
-    """The native kernel with as many threads as torch is set to, else torch. dtype: to compute in."""
+def choose_linear_factory(dtype: torch.dtype, device: torch.device = CPU) -> LinearFactory:
+    """The native kernel with as many threads as torch is set to, else torch; on a card the Triton kernels and torch.
+
+    dtype: to compute in.
+    """
+    if device.type == "cuda":
+        # Triton has no build for some platforms, and takes a second to import.
+        from router.device_linear import DeviceFactory
+
+        return DeviceFactory(device, choose_kernels(torch.cuda.get_device_capability(device)), dtype)
     kernel = cpu_ffn.load_cpu_kernel(dtype)
     if kernel is None:
         return TorchFactory(dtype)

@@ -21,6 +21,7 @@ import torch
 import uvloop
 
 from experts.checkpoint import Checkpoint
+from experts.device import resolve_device
 from experts.errors import ConfigError
 from experts.kernels.cpu_ffn import load_cpu_kernel
 from experts.memory import get_available_bytes
@@ -46,6 +47,9 @@ START_TIMEOUT_S = 30.0
 STOP_GRACE_S = 2.0
 # Share of the memory that is free after loading which sequences may fill with their latent cache.
 CACHE_MEMORY_SHARE = 0.5
+# Of a card, left free for a step. 2,048 tokens of DeepSeek-V3 take most in attention: projected queries 0.1 GB,
+# absorbed ones 0.3, latents 0.3, a run's rows and scores 0.4 (cuda_attention.RUN_BYTES); then waste.
+CARD_WORKING_BYTES = 1_500_000_000
 
 _T = TypeVar("_T")
 
@@ -54,9 +58,10 @@ _T = TypeVar("_T")
 class RouterConfig:
     """max_model_len: tokens of prompt and answer; None: the checkpoint's max_position_embeddings.
     micro_batches: that a step is split into. expert_endpoints: host:port of known replicas; empty: wait for
-    UpdateExpertTable. num_threads: of torch; None: its default. kv_cache_tokens: of the latent cache; None: half of the
-    memory that is free once the weights are loaded. call_timeout_s: one attempt of one expert call. expert_wait_s: for
-    a group with no usable replica."""
+    UpdateExpertTable. num_threads: of torch; None: its default. device: auto, cpu, cuda or cuda:INDEX, where the trunk
+    computes. kv_cache_tokens: of the latent cache; None: half of the memory that is free once the weights are loaded,
+    on a card all of it but what a step takes. call_timeout_s: one attempt of one expert call. expert_wait_s: for a
+    group with no usable replica."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -75,6 +80,7 @@ class RouterConfig:
     call_timeout_s: float = 30.0
     expert_wait_s: float = 30.0
     num_threads: int | None = None
+    device: str = "cpu"
     expert_endpoints: tuple[str, ...] = ()
 
 
@@ -93,6 +99,11 @@ class RouterServer:
             )
         if config.kv_cache_tokens is not None and config.kv_cache_tokens < 1:
             raise ConfigError(f"kv_cache_tokens is {config.kv_cache_tokens}: a KV cache holds one token at least")
+        # A card's products depend on the rows beside a row: deterministic output is the CPU kernel's.
+        wanted = "cpu" if config.deterministic and config.device == "auto" else config.device
+        self._device = resolve_device(wanted)
+        if config.deterministic and self._device.type != "cpu":
+            raise ConfigError(f"deterministic output is not to be had on {self._device}: use --device cpu")
         if config.deterministic and load_cpu_kernel(config.dtype) is None:
             raise ConfigError(
                 "deterministic output needs the native CPU kernel (torch's products depend on the rows beside a row): "
@@ -199,8 +210,15 @@ class RouterServer:
         config = self._config
         try:
             weights = await asyncio.to_thread(
-                load_trunk_weights, self._checkpoint, config.dtype, on_layer=self._set_load_progress
+                load_trunk_weights,
+                self._checkpoint,
+                config.dtype,
+                device=self._device,
+                on_layer=self._set_load_progress,
             )
+            if self._device.type == "cuda":
+                # Kernels are launched on the current device of this thread, which runs the engine.
+                torch.cuda.set_device(self._device)
             dispatcher = Dispatcher(
                 self.pool,
                 DispatchOptions(config.wire_format, config.combine, config.call_timeout_s, config.expert_wait_s),
@@ -211,7 +229,7 @@ class RouterServer:
                     self._model,
                     weights,
                     dispatcher,
-                    LatentCache(self._model, limits.num_blocks, config.dtype),
+                    LatentCache(self._model, limits.num_blocks, config.dtype, self._device),
                     max_model_len=self._max_model_len,
                     deterministic=config.deterministic,
                 )
@@ -258,13 +276,13 @@ class RouterServer:
         """As many as asked for, else as half the free memory holds, but no more than could ever be used at once.
         Raises ConfigError if there is no room for them."""
         block_bytes = cache_bytes_per_token(self._model, self._config.dtype) * BLOCK_SIZE
-        # A container may be allowed less than the machine has left, which is all that psutil knows.
-        available_bytes = get_available_bytes()
-        if available_bytes is None:
-            available_bytes = psutil.virtual_memory().available
+        available_bytes, share = self._get_free_bytes(), CACHE_MEMORY_SHARE
+        if self._device.type == "cuda":
+            # The card is this router's: all of it but what a step takes.
+            available_bytes, share = max(0, available_bytes - CARD_WORKING_BYTES), 1.0
         asked = self._config.kv_cache_tokens
         if asked is None:
-            num_blocks = int(available_bytes * CACHE_MEMORY_SHARE) // block_bytes
+            num_blocks = int(available_bytes * share) // block_bytes
             num_blocks = min(num_blocks, self._config.max_num_seqs * count_blocks(self._max_model_len))
             if num_blocks == 0:
                 raise ConfigError(
@@ -279,6 +297,14 @@ class RouterServer:
                 f"{available_bytes // block_bytes * BLOCK_SIZE} tokens fit"
             )
         return num_blocks
+
+    def _get_free_bytes(self) -> int:
+        """Of the memory that the cache will lie in."""
+        if self._device.type == "cuda":
+            return torch.cuda.mem_get_info(self._device)[0]
+        available_bytes = get_available_bytes()
+        # A container may be allowed less than the machine has left, which is all that psutil knows.
+        return psutil.virtual_memory().available if available_bytes is None else available_bytes
 
     def _set_load_progress(self, fraction: float) -> None:
         """Called by the loading thread, which nothing else could end."""

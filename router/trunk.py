@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from experts.model_config import ModelConfig
 from router.decoder_layer import DecoderLayer, ExpertDispatcher, run_layers
+from router.device_copies import DeviceCopies, DeviceDispatcher
 from router.latent_cache import LatentCache
 from router.layer_order import LayerOrder
 from router.linear import NativeLinear
@@ -39,7 +40,11 @@ class Trunk:
         self._config = config
         self._weights = weights
         self.times = PartTimes()
-        rotations = compute_rotations(config, max_model_len)
+        self._copies: DeviceCopies | None = None
+        if weights.device.type == "cuda":
+            self._copies = DeviceCopies(weights.device)
+            dispatcher = DeviceDispatcher(dispatcher, self._copies)
+        rotations = compute_rotations(config, max_model_len).to(weights.device)
         self._layers = [
             DecoderLayer(config, layer_id, layer, dispatcher, cache, rotations, self.times, deterministic=deterministic)
             for layer_id, layer in enumerate(weights.layers)
@@ -52,16 +57,18 @@ class Trunk:
         order has that batch come first. order: None, the batch waits for no other.
         """
         hidden_states = functional.embedding(batch.input_ids, self._weights.embed_tokens)
+        if self._copies is not None:
+            hidden_states, batch = self._copies.send(hidden_states), self._copies.send_batch(batch)
         return await run_layers(self._layers, hidden_states, batch, order)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states: [num_rows, hidden_size] of forward. Returns [num_rows, vocab_size] float32."""
+        """hidden_states: [num_rows, hidden_size] of forward. Returns [num_rows, vocab_size] float32 in host memory."""
         started = perf_counter_ns()
         weights, eps = self._weights, self._config.rms_norm_eps
         if isinstance(weights.lm_head, NativeLinear):
             normed = weights.lm_head.kernel.rms_norm(hidden_states.contiguous(), weights.norm, eps)
         else:
             normed = rms_norm(hidden_states, weights.norm, eps)
-        logits = weights.lm_head(normed, torch.float32)
+        logits = weights.lm_head(normed, torch.float32).cpu()
         self.times.head_ns += perf_counter_ns() - started
         return logits

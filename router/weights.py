@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from experts.checkpoint import Checkpoint
+from experts.device import CPU, check_device_memory
 from experts.kernels.cpu_ffn import ScaledWeight
-from experts.memory import check_memory
 from experts.model_config import ModelConfig
 from experts.tensor_names import list_trunk_tensors
 from router.attention import AttentionWeights
@@ -32,12 +32,15 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class TrunkWeights:
-    """embed_tokens: [vocab_size, hidden_size] in the compute dtype; norm: [hidden_size] float32."""
+    """embed_tokens: [vocab_size, hidden_size] in the compute dtype, in host memory also where device is a card: a step
+    reads one row of 14 KB per token, and 1.85 GB of DeepSeek-V3's would not fit beside the rest on a card of 24 GB.
+    norm: [hidden_size] float32. device: of everything else."""
 
     embed_tokens: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     lm_head: Linear
+    device: torch.device = CPU
 
 
 def load_trunk_weights(
@@ -45,15 +48,18 @@ def load_trunk_weights(
     dtype: torch.dtype,
     *,
     factory: LinearFactory | None = None,
+    device: torch.device = CPU,
     on_layer: Callable[[float], None] | None = None,
 ) -> TrunkWeights:
-    """Read what a router needs. factory: None chooses the best here. on_layer hears the fraction read.
+    """Read what a router needs, tensor by tensor to where it will be used. on_layer hears the fraction read.
+
+    factory: of products on that device; None chooses the best one.
 
     Raises CheckpointError naming file and tensor, NotEnoughMemory before reading any.
     """
     config = checkpoint.config
-    _check_memory(checkpoint)
-    reader = _Reader(checkpoint, dtype, factory or choose_linear_factory(dtype))
+    _check_memory(checkpoint, device)
+    reader = _Reader(checkpoint, dtype, factory or choose_linear_factory(dtype, device), device)
     layers: list[LayerWeights] = []
     for layer_id in range(config.num_hidden_layers):
         layers.append(_load_layer(reader, config, layer_id))
@@ -64,38 +70,48 @@ def load_trunk_weights(
         layers=tuple(layers),
         norm=reader.vector("model.norm.weight"),
         lm_head=reader.linear("model.embed_tokens" if config.tie_word_embeddings else "lm_head"),
+        device=device,
     )
     if on_layer is not None:
         on_layer(1.0)
     return weights
 
 
-def _check_memory(checkpoint: Checkpoint) -> None:
+def _check_memory(checkpoint: Checkpoint, device: torch.device) -> None:
     """Raise NotEnoughMemory, before anything is read, if not even the weights as stored will fit."""
+    if device.type == "meta":
+        return
     config = checkpoint.config
     stored_bytes = sum(
         checkpoint.info(tensor.name).size_bytes
         for tensor in list_trunk_tensors(config)
         if (tensor.layer_id is None or tensor.layer_id < config.num_hidden_layers) and checkpoint.has(tensor.name)
     )
-    check_memory(stored_bytes, "the router's weights", "run the router on a machine with more memory")
+    if device.type == "cuda" and not config.tie_word_embeddings:
+        stored_bytes -= checkpoint.info("model.embed_tokens.weight").size_bytes
+    check_device_memory(
+        device, stored_bytes, "the router's weights", "run the router on a machine or a card with more memory"
+    )
 
 
 class _Reader:
     """Tensors by their published names, in the shapes that the config demands."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, factory: LinearFactory) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, factory: LinearFactory, device: torch.device
+    ) -> None:
         self._checkpoint = checkpoint
+        self._device = device
         self._dtype = dtype
         self._factory = factory
         self._shapes = {tensor.name: tensor.shape for tensor in list_trunk_tensors(checkpoint.config)}
 
     def vector(self, name: str) -> Tensor:
         """float32, whatever is stored."""
-        return self._checkpoint.read_weight(name, self._shapes[name], torch.float32)
+        return self._checkpoint.read_weight(name, self._shapes[name], torch.float32).to(self._device)
 
     def dense(self, module: str) -> Tensor:
-        """[out, in] in the compute dtype."""
+        """[out, in] in the compute dtype, in host memory."""
         return expand(self._stored(module)).to(self._dtype)
 
     def linear(self, *modules: str) -> Linear:

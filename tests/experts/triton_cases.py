@@ -32,6 +32,8 @@ from experts.kernels.triton_quantize import quantize_rows
 from experts.quantization import quantize_block
 from experts.weights import ExpertWeights, load_expert_weights
 from experts.wire import decode_request, encode_request
+from router.device_linear import DeviceFactory, Fp8Linear, Fp8PerHead
+from router.linear import TorchFactory
 from tests.experts.random_experts import (
     Frame,
     RandomExperts,
@@ -238,6 +240,51 @@ def test_heads_that_reach_past_the_matrix_are_refused() -> None:
     matrix = BlockScaledMatrix.from_fp8(quantized, scale_inv, BLOCK, "cpu")
     with pytest.raises(ValueError, match="reach to row 384 of a matrix of 256"):
         head_linear(torch.randn(1, 3, 64), matrix, HeadRows(3, 128, 0, 128), DECODING, transposed=False)
+
+
+@PATHS
+def test_the_routers_products_keep_fp8_and_agree_with_expanded_ones(choice: KernelChoice) -> None:
+    factory, judge = DeviceFactory(CPU, choice, torch.bfloat16), TorchFactory(torch.float32)
+
+    def make(rows: int, columns: int) -> ScaledWeight:
+        return ScaledWeight(*quantize_block(torch.randn(rows, columns) * columns**-0.5, BLOCK), BLOCK)
+
+    def check(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+        assert found.shape == expected.shape
+        assert float((found.float() - expected).norm() / expected.norm()) <= bound
+
+    x = torch.randn(3, 192).to(torch.bfloat16)
+    # Rows and inner values are rounded to e4m3's 4 bits on one path, results to bf16's 8 on both.
+    bound = 0.005 if choice.path is WeightPath.W8A16 else 0.06
+    first, second = make(160, 192), make(72, 192)
+    linear = factory.linear(first, second)
+    assert isinstance(linear, Fp8Linear)
+    check(linear(x), judge.linear(first, second)(x.float()), bound)
+    assert linear(x, torch.float32).dtype == torch.float32 and linear(x).dtype == torch.bfloat16
+    gate, up, down = make(160, 192), make(160, 192), make(192, 160)
+    found = factory.mlp(gate, up, down)(x)
+    assert found.dtype == torch.float32
+    check(found, judge.mlp(gate, up, down)(x.float()), bound)
+    kv_b = make(2 * (32 + 24), 144)
+    rows = torch.randn(3, 2, 32).to(torch.bfloat16), torch.randn(3, 2, 144).to(torch.bfloat16)
+    for product, judged, row in zip(factory.per_head(kv_b, 2, 32), judge.per_head(kv_b, 2, 32), rows, strict=True):
+        assert isinstance(product, Fp8PerHead)
+        check(product(row), judged(row.float()), 0.005)
+
+
+def test_what_is_not_fp8_is_multiplied_by_torch() -> None:
+    factory = DeviceFactory(CPU, IN_FP8, torch.bfloat16)
+    weight = torch.randn(24, 16).to(torch.bfloat16)
+    x = torch.randn(2, 16).to(torch.bfloat16)
+    found = factory.linear(ScaledWeight(weight))(x, torch.float32)
+    torch.testing.assert_close(found, x.float() @ weight.float().T, rtol=0.02, atol=0.02)
+    assert factory.gate(weight.float())(x.float()).dtype == torch.float32
+    down = ScaledWeight(torch.randn(16, 24).to(torch.bfloat16))
+    assert factory.mlp(ScaledWeight(weight), ScaledWeight(weight), down)(x).dtype == torch.float32
+    # float32 is for comparing: FP8 matrices are expanded.
+    stored = ScaledWeight(*quantize_block(torch.randn(24, 16), BLOCK), BLOCK)
+    exact = DeviceFactory(CPU, IN_FP8, torch.float32).linear(stored)
+    torch.testing.assert_close(exact(x.float()), TorchFactory(torch.float32).linear(stored)(x.float()))
 
 
 SIZES: dict[str, Any] = {"hidden_size": 192, "moe_intermediate_size": 160, "n_routed_experts": 8, "n_group": 2}
