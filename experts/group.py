@@ -6,7 +6,9 @@ result, whoever repeats it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,12 +19,16 @@ from experts.frame_transfer import PendingResult, make_frame_transfer
 from experts.weights import ExpertWeights
 from experts.wire import MAX_MESSAGE_BYTES, ComputeFrame, WireFormat, compute_max_rows, compute_row_bytes
 
+logger = logging.getLogger(__name__)
+
 
 class ExpertGroup:
     """Computes frames with the experts it owns. Not thread-safe for speed: callers take turns."""
 
-    def __init__(self, weights: ExpertWeights) -> None:
+    def __init__(self, weights: ExpertWeights, *, end_process: Callable[[], object] = lambda: os._exit(1)) -> None:
+        """end_process: called when the card has failed, after which nothing can be computed in this process."""
         self._weights = weights
+        self._end_process = end_process
         self._hosted_experts = {
             layer_id: _mark_hosted(weights.config.n_routed_experts, tuple(experts))
             for layer_id, experts in weights.layers.items()
@@ -73,7 +79,14 @@ class ExpertGroup:
 
         Raises what begin raises.
         """
-        return self.begin(frame).wait()
+        try:
+            return self.begin(frame).wait()
+        except torch.AcceleratorError:
+            # Whatever is asked of a card after that fails too. A process that listens and answers nobody would look
+            # alive; a fresh one may find the card well, or says that it is gone.
+            logger.critical("the card failed; ending the process", exc_info=True)
+            self._end_process()
+            raise
 
     @torch.inference_mode()
     def begin(self, frame: ComputeFrame) -> PendingResult:

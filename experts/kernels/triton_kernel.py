@@ -19,8 +19,9 @@ import torch
 from experts.kernels.block_quantized import ExpertStack
 from experts.kernels.captured_ffn import CapturedFfn
 from experts.kernels.cpu_ffn import ScaledWeight
+from experts.kernels.row_plan import PlanLayout
 from experts.kernels.tile_table import KernelChoice, WeightPath, compute_packed_bytes
-from experts.kernels.triton_ffn import MAX_PAIRS_PER_LAUNCH, expert_ffn
+from experts.kernels.triton_ffn import MAX_PAIRS_PER_LAUNCH, expert_ffn, launch_ffn, view_plan
 
 # Counts changes of arithmetic: two versions may differ in the last bits.
 ARITHMETIC_VERSION = 1
@@ -111,6 +112,8 @@ class TritonKernel:
         """Layers of one size share the first one's memory: a group computes one frame at a time."""
         # Exact frames are rare (hedges, --combine exact) and are launched kernel by kernel.
         with _on(self.device):
+            if not self._graphs:
+                compile_lines(stack, self._choice, self._dtype)
             graph = CapturedFfn(
                 stack,
                 self._choice,
@@ -122,6 +125,19 @@ class TritonKernel:
             )
         self._graphs.setdefault(stack.num_experts, graph)
         return graph
+
+
+def compile_lines(stack: ExpertStack, choice: KernelChoice, dtype: torch.dtype) -> None:
+    """Compile the tiles of every line, so that no frame waits for it: seconds each, unless Triton has them cached.
+
+    dtype: of the hidden states. Computes a plan without rows.
+    """
+    layout = PlanLayout(num_rows=1, num_pairs=1, num_tiles=1)
+    hidden_states = torch.zeros(1, stack.hidden_size, dtype=dtype, device=stack.device)
+    packed = torch.zeros(layout.offsets[-1], dtype=torch.int32, device=stack.device)
+    out = torch.empty(1, stack.hidden_size, dtype=torch.float32, device=stack.device)
+    for line in choice.lines:
+        launch_ffn(hidden_states, view_plan(layout, packed), stack, choice, line, out, exact=False)
 
 
 @dataclass(slots=True)

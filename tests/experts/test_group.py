@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from experts.checkpoint import Checkpoint
-from experts.errors import BadFrame, NotHosted
+from experts.errors import BadFrame, NotHosted, Overloaded
 from experts.expert_range import ExpertRange, split_experts
 from experts.group import ExpertGroup
+from experts.kernels.expert_kernel import TorchKernel
 from experts.kernels.reference import expert_ffn_reference
 from experts.weights import load_expert_weights
 from experts.wire import ComputeFrame, decode_request, encode_request
@@ -154,6 +155,25 @@ def test_refuses_experts_of_another_group_and_beyond_the_model(fp8_checkpoint: C
     )  # fmt: skip
     with pytest.raises(NotHosted, match="2147483647"):
         group.compute(beyond)
+
+
+def test_a_card_that_fails_ends_the_process_and_one_out_of_memory_sheds_the_frame(
+    fp8_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+    hosted = split_experts(fp8_checkpoint.config, 1)[0]
+    weights = load_expert_weights(fp8_checkpoint, hosted, torch.bfloat16, kernel=TorchKernel(torch.bfloat16))
+    group = ExpertGroup(weights, end_process=lambda: ended.append(True))
+    for error, raised in ((torch.OutOfMemoryError("full"), Overloaded), (torch.AcceleratorError("lost"), Exception)):
+        assert not ended
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(weights.kernel, "expert_ffn", fail)
+        with pytest.raises(raised):
+            group.compute(make_frame())
+    assert ended == [True]
 
 
 def test_hosts_several_rectangles(fp8_checkpoint: Checkpoint) -> None:

@@ -26,7 +26,7 @@ from experts.kernels.row_plan import PlanLayout, plan_rows
 from experts.kernels.tile_table import KernelChoice, WeightPath
 from experts.kernels.triton_ffn import expert_ffn, launch_ffn, view_plan
 from experts.kernels.triton_gemm import decode_e4m3
-from experts.kernels.triton_kernel import TritonKernel
+from experts.kernels.triton_kernel import TritonKernel, compile_lines
 from experts.kernels.triton_linear import HeadRows, block_scaled_linear, head_linear
 from experts.kernels.triton_quantize import quantize_rows
 from experts.quantization import quantize_block
@@ -173,6 +173,11 @@ def test_a_plan_laid_out_for_more_has_the_same_bits(experts: RandomExperts, exac
     launch_ffn(hidden_states, view_plan(layout, packed), experts.stack, DECODING, line, result, exact=exact)
     assert torch.equal(result[: 4 if exact else 3], run(experts, frame, DECODING, exact=exact))
     assert exact or not result[3:].any()
+
+
+@PATHS
+def test_lines_are_compiled_without_a_frame(experts: RandomExperts, choice: KernelChoice) -> None:
+    compile_lines(experts.stack, choice, torch.bfloat16)
 
 
 def test_a_frame_without_pairs_is_zero(experts: RandomExperts) -> None:
