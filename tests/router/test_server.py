@@ -122,7 +122,9 @@ def test_a_router_that_is_stopped_while_it_loads_stops_loading(
 ) -> None:
     loading, ended = threading.Event(), threading.Event()
 
-    def load_for_ever(_: Checkpoint, dtype: torch.dtype, on_layer: Callable[[float], None]) -> TrunkWeights:
+    def load_for_ever(
+        _: Checkpoint, dtype: torch.dtype, device: torch.device, on_layer: Callable[[float], None]
+    ) -> TrunkWeights:
         try:
             while True:
                 on_layer(0.5)
