@@ -40,6 +40,7 @@ _TENSORS_TAG = 0x12  # field 2, length-delimited
 _MAX_HEADER_BYTES = 16 * 1024
 # Up to so many pairs plain Python checks them faster than numpy.
 _FEW_PAIRS = 32
+_INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
 _PAIR_BYTES = 12  # int32 row, int32 expert, float32 weight
 
 _PROTO_OF_DTYPE = {
@@ -227,9 +228,9 @@ def decode_request(data: Buffer) -> ComputeFrame:
     expected_bytes = num_pairs * _PAIR_BYTES + num_rows * compute_row_bytes(hidden_size, dtype)
     if len(view) != expected_bytes:
         raise BadFrame(f"tensors take {len(view)} bytes, the header demands {expected_bytes}", frame_id=frame_id)
-    pair_rows = np.frombuffer(view, dtype="<i4", count=num_pairs)
-    pair_experts = np.frombuffer(view, dtype="<i4", count=num_pairs, offset=4 * num_pairs)
-    pair_weights = np.frombuffer(view, dtype="<f4", count=num_pairs, offset=8 * num_pairs)
+    pairs = np.frombuffer(view, _INT32, 3 * num_pairs)
+    pair_rows, pair_experts = pairs[:num_pairs], pairs[num_pairs : 2 * num_pairs]
+    pair_weights = pairs[2 * num_pairs :].view(_FLOAT32)
     _check_pairs(frame_id, num_rows, pair_rows, pair_experts, pair_weights)
     hidden_states, scales = _read_rows(frame_id, view[num_pairs * _PAIR_BYTES :], num_rows, hidden_size, dtype)
     return ComputeFrame(

@@ -32,15 +32,12 @@ from router.errors import (
 )
 from router.expert_connection import FIRST_RETRY_S, LAST_RETRY_S, ExpertConnection
 from router.expert_pool import ExpertPool
+from router.row_sums import Answer, add_answers
 
 CombineMode = Literal["reduced", "exact"]
 
 # Of an attempt that starts just before the deadline of its layer: less would only waste the replica's work.
 LEAST_TIMEOUT_S = 1.0
-
-# Sums of many rows are added part by part, each small enough to stay in a core's cache: half the time at 64 x 7168
-# (tests/benchmarks/dispatch.py). The order of the additions is the same.
-ROWS_ADDED_AT_ONCE = 16
 
 ReplyOrError = ComputeReply | ReplicaError
 
@@ -224,19 +221,11 @@ class Dispatcher:
             for rank in range(1, top_k):
                 total += by_rank[:, rank]
             return total
-        total = torch.empty(num_tokens, hidden_size, dtype=torch.float32)
-        for start in range(0, num_tokens, ROWS_ADDED_AT_ONCE):
-            end = min(start + ROWS_ADDED_AT_ONCE, num_tokens)
-            part = total[start:end].zero_()
-            for frame, reply in zip(frames, replies, strict=True):
-                if len(frame.row_ids) == num_tokens:
-                    part.add_(reply if num_tokens <= ROWS_ADDED_AT_ONCE else reply[start:end])
-                    continue
-                first, last = np.searchsorted(frame.row_ids, (start, end)).tolist()
-                if first < last:
-                    rows = torch.from_numpy(frame.row_ids[first:last] - start)
-                    part.index_add_(0, rows, reply[first:last].float())
-        return total
+        answers = [
+            Answer(reply, None if len(frame.row_ids) == num_tokens else frame.row_ids)
+            for frame, reply in zip(frames, replies, strict=True)
+        ]
+        return add_answers(answers, num_tokens, hidden_size)
 
     @property
     def pool(self) -> ExpertPool:

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+# Up to so many pairs a plan in plain Python takes less time than numpy's calls.
+_FEW_PAIRS = 32
+
 
 class GroupFrame(NamedTuple):
     """The part of one layer's batch that one group computes.
@@ -49,6 +52,8 @@ def plan_frames(
     num_tokens, num_experts_per_tok = topk_ids.shape
     if not topk_ids.size:
         return []
+    if topk_ids.size <= _FEW_PAIRS:
+        return _plan_few_frames(topk_ids, topk_weights, expert_groups)
     order = np.argsort(topk_ids, axis=1, kind="stable")
     # Into the flattened arrays: take_along_axis takes three times as long on a few rows.
     order += np.arange(0, num_tokens * num_experts_per_tok, num_experts_per_tok)[:, None]
@@ -86,6 +91,48 @@ def plan_frames(
             )
         )
     return frames
+
+
+def _plan_few_frames(
+    topk_ids: npt.NDArray[np.int64],
+    topk_weights: npt.NDArray[np.float32],
+    expert_groups: npt.NDArray[np.int64],
+) -> list[GroupFrame]:
+    """plan_frames() for a few pairs."""
+    num_experts_per_tok = topk_ids.shape[1]
+    # By group: row_ids, pair_rows, pair_experts, slots in the order of topk_ids, slots in ascending order.
+    plans: dict[int, tuple[list[int], list[int], list[int], list[int], list[int]]] = {}
+    slot = 0
+    for row, ids in enumerate(topk_ids.tolist()):
+        for rank, choice in enumerate(sorted(range(num_experts_per_tok), key=ids.__getitem__)):
+            expert = ids[choice]
+            if expert >= 0:
+                group = expert_groups.item(expert)
+                if group < 0:
+                    raise LookupError(f"expert {expert} is served by no expert group")
+                plan = plans.get(group)
+                if plan is None:
+                    plan = plans[group] = ([], [], [], [], [])
+                row_ids, pair_rows, pair_experts, sources, slots = plan
+                if not row_ids or row_ids[-1] != row:
+                    row_ids.append(row)
+                pair_rows.append(len(row_ids) - 1)
+                pair_experts.append(expert)
+                sources.append(slot + choice)
+                slots.append(slot + rank)
+        slot += num_experts_per_tok
+    weights = topk_weights.ravel()
+    return [
+        GroupFrame(
+            group_index=group,
+            row_ids=np.array(row_ids, dtype=np.int64),
+            pair_rows=np.array(pair_rows, dtype=np.int32),
+            pair_experts=np.array(pair_experts, dtype=np.int32),
+            pair_weights=weights[sources],
+            pair_slots=np.array(slots, dtype=np.int64),
+        )
+        for group, (row_ids, pair_rows, pair_experts, sources, slots) in sorted(plans.items())
+    ]
 
 
 def split_frame(frame: GroupFrame, max_rows: int) -> list[GroupFrame]:

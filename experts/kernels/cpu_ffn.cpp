@@ -14,6 +14,7 @@
 #include "cpu/matrix.h"
 #include "cpu/pool.h"
 #include "cpu/rows.h"
+#include "cpu/row_sums.h"
 
 // Each family's code is compiled for its own instructions, whatever the rest of the library is compiled for.
 #define SHOAL_SPACE portable

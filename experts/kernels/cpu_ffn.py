@@ -407,7 +407,7 @@ def load_cpu_kernel(dtype: torch.dtype, *, family: Family | None = None) -> CpuK
     Returns None, said once in the log, where there is neither a library nor a compiler: the caller then computes with
     torch. Raises ValueError if this CPU lacks the family named.
     """
-    library = _load_library()
+    library = load_library()
     if library is None:
         return None
     supported: list[Family] = [name for number, name in enumerate(FAMILIES) if library.shoal_is_supported(number)]
@@ -418,7 +418,8 @@ def load_cpu_kernel(dtype: torch.dtype, *, family: Family | None = None) -> CpuK
 
 
 @functools.cache
-def _load_library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
+    """The shared library; None, said once in the log, where there is neither one nor a compiler."""
     try:
         return _declare(ctypes.CDLL(str(find_or_build_library())))
     except (CompilerMissing, OSError) as error:
@@ -447,6 +448,10 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     )
     library.shoal_add.argtypes = (integer, address, integer, address, address, ctypes.c_int64)
     library.shoal_attend.argtypes = (address, address)
+    library.shoal_add_rows.argtypes = (
+        *(integer, integer, address, address, address, ctypes.c_int64, ctypes.c_int64, address),
+    )
+    library.shoal_add_rows.restype = None
     return library
 
 
