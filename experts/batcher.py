@@ -57,7 +57,9 @@ class Entry:
         self.received_s = received_s
         self.deadline_s = deadline_s
         self.is_wanted = is_wanted
-        self.woken = threading.Event()
+        # Released once: an Event would take several times as long to make.
+        self.woken = threading.Lock()
+        self.woken.acquire()
         self.outcome: Computed | BaseException | None = None
         self.key = (frame.layer_id, frame.exact, frame.hidden_states.shape[1])
         self.result_bytes = frame.num_result_rows * frame.hidden_states.shape[1] * torch.float32.itemsize
@@ -95,14 +97,14 @@ class Batcher:
 
     def _wait(self, entry: Entry) -> None:
         """Until the frame is computed or has to lead the next call."""
-        if entry.woken.wait(max(0.0, entry.deadline_s - time.monotonic())):
+        if entry.woken.acquire(timeout=max(0.0, entry.deadline_s - time.monotonic())):
             return
         with self._lock:
             if entry in self._waiting:
                 self._waiting.remove(entry)
                 raise Overloaded("the frame's turn did not come within the time that the router allows")
         # It is being computed, or was told to lead just now: either ends soon.
-        entry.woken.wait()
+        entry.woken.acquire()
 
     def _lead(self, leader: Entry) -> None:
         """Compute leader's frame and what can be joined with it, then hand over to the oldest frame left."""
@@ -116,10 +118,10 @@ class Batcher:
             raise error
         finally:
             for entry in batch[1:]:
-                entry.woken.set()
+                entry.woken.release()
             with self._lock:
                 if self._waiting:
-                    self._waiting.pop(0).woken.set()
+                    self._waiting.pop(0).woken.release()
                 else:
                     self._is_busy = False
 

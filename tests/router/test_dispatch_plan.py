@@ -144,3 +144,24 @@ def test_every_choice_is_planned_once_and_in_order(
     # In slot order the pairs of a row ascend by expert: the order of --combine exact.
     by_slot = sorted(zip(slots, planned, strict=True))
     assert [(row, expert) for _, (row, expert, _) in by_slot] == sorted((row, expert) for row, expert, _ in planned)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 4])
+def test_a_plan_of_few_rows_is_the_plan_of_many(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain Python plans few pairs, numpy many."""
+    generator = np.random.default_rng(num_tokens)
+    for _ in range(50):
+        topk_ids = np.stack([generator.permutation(12)[:6] for _ in range(num_tokens)]).astype(np.int64)
+        topk_ids[generator.random(topk_ids.shape) < 0.2] = -1
+        topk_weights = generator.random(topk_ids.shape).astype(np.float32)
+        expert_groups = generator.integers(0, 4, 12)
+        few = plan_frames(topk_ids, topk_weights, expert_groups)
+        with monkeypatch.context() as patched:
+            patched.setattr("router.dispatch_plan._FEW_PAIRS", 0)
+            many = plan_frames(topk_ids, topk_weights, expert_groups)
+        assert len(few) == len(many)
+        for found, expected in zip(few, many, strict=True):
+            assert found.group_index == expected.group_index
+            for name, ours, theirs in zip(found._fields[1:], found[1:], expected[1:], strict=True):
+                assert ours.dtype == theirs.dtype, name
+                np.testing.assert_array_equal(ours, theirs, err_msg=name)
