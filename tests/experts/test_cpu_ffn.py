@@ -398,7 +398,7 @@ def test_without_a_compiler_the_caller_is_told_once(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu_ffn._load_library.cache_clear()
+    cpu_ffn.load_library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert load_cpu_kernel(torch.bfloat16) is None
@@ -408,7 +408,7 @@ def test_without_a_compiler_the_caller_is_told_once(
         with pytest.raises(CompilerMissing, match="no g"):
             find_or_build_library(tmp_path / "other")
     finally:
-        cpu_ffn._load_library.cache_clear()
+        cpu_ffn.load_library.cache_clear()
 
 
 def test_a_cache_that_others_can_write_is_refused(tmp_path: Path, nothing_prebuilt: None) -> None:
