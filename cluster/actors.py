@@ -107,6 +107,7 @@ class Router:
                     micro_batches=spec.router.micro_batches,
                     max_model_len=spec.router.max_model_len,
                     kv_cache_tokens=spec.router.kv_cache_tokens,
+                    speculative_tokens=spec.router.speculative_tokens,
                     expert_wait_s=spec.router.expert_wait_s,
                     num_threads=spec.router.num_threads,
                     device=_get_device_setting(spec),

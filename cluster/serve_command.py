@@ -145,6 +145,10 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
             f"max_model_len is {settings.max_model_len}, but the checkpoint was made for at most "
             f"{config.max_position_embeddings} positions"
         )
+    if settings.speculative_tokens and config.num_nextn_predict_layers == 0:
+        raise PreflightError(
+            f"speculative_tokens is {settings.speculative_tokens}, but the checkpoint has no MTP layer to draft with"
+        )
     threads = split_threads(settings, _count_cores())
     spec = ClusterSpec(
         model_name=model_name,
@@ -159,6 +163,7 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
             deterministic=settings.deterministic,
             micro_batches=settings.micro_batches,
             max_model_len=settings.max_model_len,
+            speculative_tokens=settings.speculative_tokens,
             expert_wait_s=settings.expert_wait_s,
             num_threads=threads.router_threads,
             kv_cache_tokens=settings.kv_cache_tokens,

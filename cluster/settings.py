@@ -112,6 +112,10 @@ class ServeSettings(BaseModel):
     kv_cache_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="tokens of KV cache in each router; None: half the memory free once the weights are loaded"
     )
+    speculative_tokens: Annotated[int, Field(ge=0, le=8)] | None = Field(
+        None,
+        description="most tokens to draft per step with the MTP layer; 0: none; None: as many as pay, if there is one",
+    )
     expert_wait_s: Annotated[float, Field(gt=0, le=3600)] = Field(
         30.0, description="seconds a request waits for an expert group without a live replica, then 503"
     )

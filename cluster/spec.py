@@ -39,6 +39,7 @@ class RouterSpec:
     deterministic: bool
     micro_batches: Literal["auto", "off"] | int
     max_model_len: int | None
+    speculative_tokens: int | None
     expert_wait_s: float
     num_threads: int
     kv_cache_tokens: int | None = None

@@ -54,6 +54,12 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
     parser.add_argument("--max-batched-tokens", type=int, default=2048, help="tokens of one step")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences running at once")
     parser.add_argument("--kv-cache-tokens", type=int, default=None, help="default: half the free memory")
+    parser.add_argument(
+        "--speculative-tokens",
+        type=int,
+        default=None,
+        help="most tokens to draft per step with the MTP layer; 0: none; default: as many as pay",
+    )
     parser.add_argument("--expert-wait-s", type=float, default=30.0, help="seconds to wait for a lost expert group")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX; auto: the first card if any")
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: all cores")
@@ -73,6 +79,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         max_batched_tokens=options.max_batched_tokens,
         max_num_seqs=options.max_num_seqs,
         kv_cache_tokens=options.kv_cache_tokens,
+        speculative_tokens=options.speculative_tokens,
         expert_wait_s=options.expert_wait_s,
         num_threads=options.threads,
         device=options.device,

@@ -30,12 +30,16 @@ class DraftInput(NamedTuple):
 
 
 class Drafter(Protocol):
-    def choose_depth(self, sequence: Sequence) -> int:
-        """How many tokens to guess for it now; 0: not worth it."""
+    def choose_depths(self, sequences: Series[Sequence]) -> list[int]:
+        """How many tokens to guess now for each of those that decode; 0: not worth it."""
         ...
 
     def note_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         """Of num_drafts guesses, the first num_accepted held."""
+        ...
+
+    def note_step(self, num_sequences: int, seconds: float) -> None:
+        """A step, drafting included, took that long; it computed so many sequences, none of them a prompt."""
         ...
 
     async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:

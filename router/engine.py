@@ -22,7 +22,8 @@ from router.drafter import Drafter, DraftInput, count_accepted
 from router.errors import BadRequest, NotReady, RouterError
 from router.micro_batches import MicroBatchRunner
 from router.overlap_policy import OverlapPolicy
-from router.sampler import SampleRow, TokenLogprobs, compute_logprobs, sample
+from router.sample_rows import build_sample_row
+from router.sampler import TokenLogprobs, compute_logprobs, sample
 from router.scheduler import ScheduledChunk, Scheduler, SchedulerLimits
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
 from router.step_batch import Segment, StepBatch, TokenSpan, build_step_batch
@@ -39,8 +40,10 @@ LOGITS_ROWS = 128
 class EngineProgress:
     """Proof of life: a frozen engine has an old current step, or waiting sequences and no new steps.
 
-    Blocks are of the latent cache; idle ones are free, and their content can still be found. The last three count
-    since start, as SchedulerCounters does."""
+    Blocks are of the latent cache; idle ones are free, and their content can still be found. What follows counts since
+    start: the first three as SchedulerCounters does. num_turns: times that a sequence got tokens in a step, so
+    num_generated_tokens / num_turns is how many a step gives each. num_drafted[j], num_accepted[j]: verified drafts at
+    depth j + 1, and those that held."""
 
     num_steps: int
     current_step_ms: int
@@ -53,6 +56,10 @@ class EngineProgress:
     num_prompt_tokens: int
     num_cached_tokens: int
     times: PartTimes
+    num_turns: int
+    num_generated_tokens: int
+    num_drafted: tuple[int, ...]
+    num_accepted: tuple[int, ...]
 
 
 class Engine:
@@ -80,6 +87,10 @@ class Engine:
         self._wake = asyncio.Event()
         self._draining = False
         self._num_steps = 0
+        self._num_turns = 0
+        self._num_generated_tokens = 0
+        self._num_drafted: list[int] = []
+        self._num_accepted: list[int] = []
         self._step_started: float | None = None
 
     @property
@@ -100,6 +111,10 @@ class Engine:
             num_preemptions=counters.num_preemptions,
             num_prompt_tokens=counters.num_prompt_tokens,
             num_cached_tokens=counters.num_cached_tokens,
+            num_turns=self._num_turns,
+            num_generated_tokens=self._num_generated_tokens,
+            num_drafted=tuple(self._num_drafted),
+            num_accepted=tuple(self._num_accepted),
         )
 
     def check_integrity(self) -> None:
@@ -142,6 +157,8 @@ class Engine:
                 started_ns = time.perf_counter_ns()
                 try:
                     await self._step(chunks)
+                    if self._drafter is not None and all(chunk.num_new - chunk.num_drafts == 1 for chunk in chunks):
+                        self._drafter.note_step(len(chunks), time.monotonic() - self._step_started)
                 except RouterError as error:
                     logger.warning("step failed num_sequences=%d reason=%s", len(chunks), error)
                     self._fail(chunks, error)
@@ -186,7 +203,11 @@ class Engine:
         last_rows = [row for chunk, segment in sampled for row in _last_rows(chunk, segment)]
         logits = self._trunk.compute_logits(hidden_states[last_rows])
         started_ns = time.perf_counter_ns()
-        rows = [self._sample_row(chunk.sequence, n) for chunk, _ in sampled for n in range(chunk.num_drafts + 1)]
+        rows = [
+            build_sample_row(chunk.sequence, chunk.sequence.draft_token_ids[:n], self._eos_token_ids)
+            for chunk, _ in sampled
+            for n in range(chunk.num_drafts + 1)
+        ]
         token_ids = sample(logits, rows)
         ids = token_ids.tolist()
         kept = self._verify([chunk for chunk, _ in sampled], ids)
@@ -205,24 +226,19 @@ class Engine:
             num_accepted = count_accepted(sequence.draft_token_ids[:num_drafts], ids[start : start + num_drafts])
             if self._drafter is not None and num_drafts > 0:
                 self._drafter.note_verified(sequence, num_drafts, num_accepted)
+                self._count_drafts(num_drafts, num_accepted)
             sequence.draft_token_ids = []
             kept[sequence] = range(start, start + 1 + num_accepted)
             start += 1 + num_drafts
         return kept
 
-    def _sample_row(self, sequence: Sequence, num_drafts: int) -> SampleRow:
-        """For the token behind the known ones and the first num_drafts drafts."""
-        request = sequence.request
-        banned: tuple[int, ...] = ()
-        if sequence.num_generated + num_drafts < request.min_tokens:
-            banned = tuple(sorted(self._eos_token_ids | request.stop_token_ids))
-        return SampleRow(
-            request.sampling,
-            len(sequence.token_ids) + num_drafts,
-            banned,
-            sequence.counts,
-            tuple(sequence.draft_token_ids[:num_drafts]),
-        )
+    def _count_drafts(self, num_drafts: int, num_accepted: int) -> None:
+        missing = [0] * (num_drafts - len(self._num_drafted))
+        self._num_drafted += missing
+        self._num_accepted += missing
+        for index in range(num_drafts):
+            self._num_drafted[index] += 1
+            self._num_accepted[index] += index < num_accepted
 
     def _take(self, chunk: ScheduledChunk, tokens: list[GeneratedToken]) -> bool:
         """Note what a step gave a sequence, and hand it out. Returns whether the sequence goes on."""
@@ -233,9 +249,11 @@ class Engine:
                 return True
             self._finish(sequence, SequenceOutput(finish_reason=FinishReason.LENGTH))
             return False
+        self._num_turns += 1
         output: SequenceOutput | None = None
         for index, token in enumerate(tokens):
             sequence.append(token.token_id)
+            self._num_generated_tokens += 1
             taken = tuple(tokens[: index + 1])
             is_eos = token.token_id in self._eos_token_ids and not request.ignore_eos
             if is_eos or token.token_id in request.stop_token_ids:
@@ -252,15 +270,20 @@ class Engine:
         return True
 
     async def _draft(self, drafter: Drafter, going_on: list[tuple[Sequence, Segment]], hidden_states: Tensor) -> None:
+        decoding = [sequence for sequence, _ in going_on if sequence.num_uncomputed == 1]
+        depths = dict(zip(decoding, drafter.choose_depths(decoding), strict=True)) if decoding else {}
         inputs: list[DraftInput] = []
         for sequence, segment in going_on:
-            num_drafts = 0
-            if sequence.num_uncomputed == 1:
-                num_drafts = self._scheduler.reserve_drafts(sequence, drafter.choose_depth(sequence))
+            num_drafts = self._scheduler.reserve_drafts(sequence, depths.get(sequence, 0))
             start = segment.context_len
             stop = segment.start + sequence.num_computed - start
             inputs.append(DraftInput(sequence, hidden_states[segment.start : stop], start, num_drafts))
-        for draft_input, token_ids in zip(inputs, await drafter.draft(inputs), strict=True):
+        try:
+            guesses = await drafter.draft(inputs)
+        except RouterError as error:  # the tokens are handed out already, and the next step needs no drafts
+            logger.warning("no drafts num_sequences=%d reason=%s", len(inputs), error)
+            return
+        for draft_input, token_ids in zip(inputs, guesses, strict=True):
             if not draft_input.sequence.cancelled:
                 draft_input.sequence.draft_token_ids = token_ids
 

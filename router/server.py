@@ -29,17 +29,21 @@ from experts.model_config import ModelConfig
 from experts.wire import MAX_MESSAGE_BYTES, WireFormat
 from router.block_pool import BLOCK_SIZE, count_blocks
 from router.dispatch import CombineMode, Dispatcher, DispatchOptions
+from router.draft_policy import DraftPolicy
+from router.drafter import Drafter
 from router.engine import Engine
 from router.errors import NotReady
 from router.expert_pool import ExpertPool
 from router.latent_cache import LatentCache, cache_bytes_per_token
+from router.mtp import MtpModule
+from router.mtp_drafter import MtpDrafter
 from router.overlap_policy import MicroBatchSetting, OverlapPolicy
 from router.scheduler import SchedulerLimits
 from router.service import RouterService, wait_drained
 from router.static_experts import StaticExperts
 from router.trunk import Trunk
 from router.v1 import router_pb2_grpc
-from router.weights import load_trunk_weights
+from router.weights import TrunkWeights, load_trunk_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,9 @@ CACHE_MEMORY_SHARE = 0.5
 # Of a card, left free for a step. 2,048 tokens of DeepSeek-V3 take most in attention: projected queries 0.1 GB,
 # absorbed ones 0.3, latents 0.3, a run's rows and scores 0.4 (cuda_attention.RUN_BYTES); then waste.
 CARD_WORKING_BYTES = 1_500_000_000
+# What a policy that measures may choose from. Beyond that, a draft that holds is rare with one MTP layer.
+DEFAULT_SPECULATIVE_TOKENS = 2
+MAX_SPECULATIVE_TOKENS = 8
 
 _T = TypeVar("_T")
 
@@ -60,8 +67,9 @@ class RouterConfig:
     micro_batches: that a step is split into. expert_endpoints: host:port of known replicas; empty: wait for
     UpdateExpertTable. num_threads: of torch; None: its default. device: auto, cpu, cuda or cuda:INDEX, where the trunk
     computes. kv_cache_tokens: of the latent cache; None: half of the memory that is free once the weights are loaded,
-    on a card all of it but what a step takes. call_timeout_s: one attempt of one expert call. expert_wait_s: for a
-    group with no usable replica."""
+    on a card all of it but what a step takes. speculative_tokens: most tokens to draft per step; 0: none;
+    None: DEFAULT_SPECULATIVE_TOKENS, if the checkpoint has an MTP layer. call_timeout_s: one attempt of one expert
+    call. expert_wait_s: for a group with no usable replica."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -76,6 +84,7 @@ class RouterConfig:
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
     max_waiting: int = 1024
+    speculative_tokens: int | None = None
     kv_cache_tokens: int | None = None
     call_timeout_s: float = 30.0
     expert_wait_s: float = 30.0
@@ -109,6 +118,7 @@ class RouterServer:
                 "deterministic output needs the native CPU kernel (torch's products depend on the rows beside a row): "
                 "install g++ 11 or newer, or serve with --no-deterministic"
             )
+        self._speculative_tokens = _resolve_speculative_tokens(config, self._model)
         self._engine: Engine | None = None
         self._drain_requested = False
         self._pool: ExpertPool | None = None
@@ -214,6 +224,7 @@ class RouterServer:
                 self._checkpoint,
                 config.dtype,
                 device=self._device,
+                with_mtp=self._speculative_tokens > 0,
                 on_layer=self._set_load_progress,
             )
             if self._device.type == "cuda":
@@ -225,19 +236,22 @@ class RouterServer:
             )
             limits = self._limits()
             with torch.inference_mode():
+                cache = LatentCache(self._model, limits.num_blocks, config.dtype, self._device)
                 trunk = Trunk(
                     self._model,
                     weights,
                     dispatcher,
-                    LatentCache(self._model, limits.num_blocks, config.dtype, self._device),
+                    cache,
                     max_model_len=self._max_model_len,
                     deterministic=config.deterministic,
                 )
+                drafter = self._build_drafter(weights, dispatcher, cache)
             self._engine = Engine(
                 self._model,
                 trunk,
                 limits,
                 max_model_len=self._max_model_len,
+                drafter=drafter,
                 overlap=OverlapPolicy(config.micro_batches),
             )
         except BaseException as error:
@@ -253,6 +267,20 @@ class RouterServer:
                 # It never ends by itself. A process without it would look alive and answer nobody: be restarted.
                 logger.critical("the engine ended; ending the process", exc_info=True)
                 os._exit(1)
+
+    def _build_drafter(self, weights: TrunkWeights, dispatcher: Dispatcher, cache: LatentCache) -> Drafter | None:
+        if weights.mtp is None:
+            return None
+        module = MtpModule(
+            self._model,
+            weights.mtp,
+            dispatcher,
+            cache,
+            max_model_len=self._max_model_len,
+            deterministic=self._config.deterministic,
+            device=self._device,
+        )
+        return MtpDrafter(module, DraftPolicy(self._speculative_tokens), frozenset(self._model.eos_token_ids))
 
     def _limits(self) -> SchedulerLimits:
         num_blocks = self._count_cache_blocks()
@@ -330,6 +358,18 @@ class RouterServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._pool is not None:
             await self._pool.close()
+
+
+def _resolve_speculative_tokens(config: RouterConfig, model: ModelConfig) -> int:
+    has_mtp = model.num_nextn_predict_layers > 0
+    asked = config.speculative_tokens
+    if asked is None:
+        return DEFAULT_SPECULATIVE_TOKENS if has_mtp else 0
+    if not 0 <= asked <= MAX_SPECULATIVE_TOKENS:
+        raise ConfigError(f"speculative_tokens is {asked}: choose 0 to {MAX_SPECULATIVE_TOKENS}")
+    if asked > 0 and not has_mtp:
+        raise ConfigError(f"speculative_tokens is {asked}, but the checkpoint has no MTP layer to draft with: choose 0")
+    return asked
 
 
 def _resolve_max_model_len(config: RouterConfig, model: ModelConfig) -> int:

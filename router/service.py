@@ -134,6 +134,10 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         response.num_preemptions = progress.num_preemptions
         response.num_prompt_tokens = progress.num_prompt_tokens
         response.num_cached_tokens = progress.num_cached_tokens
+        response.num_turns = progress.num_turns
+        response.num_generated_tokens = progress.num_generated_tokens
+        response.num_drafted.extend(progress.num_drafted)
+        response.num_accepted.extend(progress.num_accepted)
         response.draining = engine.draining
         unserved = state.pool.unserved()
         response.ready = unserved is None and not engine.draining

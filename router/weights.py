@@ -31,16 +31,32 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class MtpWeights:
+    """The first MTP layer; further ones are not used. enorm, hnorm, norm: [hidden_size] float32. eh_proj: from the
+    embedding's and the hidden state's columns, in this order. embed_tokens, head: the trunk's own where the checkpoint
+    has no copies or equal ones."""
+
+    embed_tokens: Tensor
+    enorm: Tensor
+    hnorm: Tensor
+    eh_proj: Linear
+    layer: LayerWeights
+    norm: Tensor
+    head: Linear
+
+
+@dataclass(frozen=True)
 class TrunkWeights:
     """embed_tokens: [vocab_size, hidden_size] in the compute dtype, in host memory also where device is a card: a step
     reads one row of 14 KB per token, and 1.85 GB of DeepSeek-V3's would not fit beside the rest on a card of 24 GB.
-    norm: [hidden_size] float32. device: of everything else."""
+    norm: [hidden_size] float32. device: of everything else. mtp: None where it was not asked for."""
 
     embed_tokens: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     lm_head: Linear
     device: torch.device = CPU
+    mtp: MtpWeights | None = None
 
 
 def load_trunk_weights(
@@ -49,35 +65,41 @@ def load_trunk_weights(
     *,
     factory: LinearFactory | None = None,
     device: torch.device = CPU,
+    with_mtp: bool = False,
     on_layer: Callable[[float], None] | None = None,
 ) -> TrunkWeights:
     """Read what a router needs, tensor by tensor to where it will be used. on_layer hears the fraction read.
 
-    factory: of products on that device; None chooses the best one.
+    factory: of products on that device; None chooses the best one. with_mtp: the MTP layer, too.
 
     Raises CheckpointError naming file and tensor, NotEnoughMemory before reading any.
     """
     config = checkpoint.config
-    _check_memory(checkpoint, device)
+    num_layers = config.num_hidden_layers + with_mtp
+    _check_memory(checkpoint, num_layers, device)
     reader = _Reader(checkpoint, dtype, factory or choose_linear_factory(dtype, device), device)
     layers: list[LayerWeights] = []
     for layer_id in range(config.num_hidden_layers):
         layers.append(_load_layer(reader, config, layer_id))
         if on_layer is not None:
-            on_layer((layer_id + 1) / (config.num_hidden_layers + 1))
+            on_layer((layer_id + 1) / (num_layers + 1))
+    embed_tokens = reader.dense("model.embed_tokens")
+    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    lm_head = reader.linear(head)
     weights = TrunkWeights(
-        embed_tokens=reader.dense("model.embed_tokens"),
+        embed_tokens=embed_tokens,
         layers=tuple(layers),
         norm=reader.vector("model.norm.weight"),
-        lm_head=reader.linear("model.embed_tokens" if config.tie_word_embeddings else "lm_head"),
+        lm_head=lm_head,
         device=device,
+        mtp=_load_mtp(reader, config, embed_tokens, head, lm_head) if with_mtp else None,
     )
     if on_layer is not None:
         on_layer(1.0)
     return weights
 
 
-def _check_memory(checkpoint: Checkpoint, device: torch.device) -> None:
+def _check_memory(checkpoint: Checkpoint, num_layers: int, device: torch.device) -> None:
     """Raise NotEnoughMemory, before anything is read, if not even the weights as stored will fit."""
     if device.type == "meta":
         return
@@ -85,7 +107,7 @@ def _check_memory(checkpoint: Checkpoint, device: torch.device) -> None:
     stored_bytes = sum(
         checkpoint.info(tensor.name).size_bytes
         for tensor in list_trunk_tensors(config)
-        if (tensor.layer_id is None or tensor.layer_id < config.num_hidden_layers) and checkpoint.has(tensor.name)
+        if (tensor.layer_id is None or tensor.layer_id < num_layers) and checkpoint.has(tensor.name)
     )
     if device.type == "cuda" and not config.tie_word_embeddings:
         stored_bytes -= checkpoint.info("model.embed_tokens.weight").size_bytes
@@ -127,6 +149,12 @@ class _Reader:
     def per_head(self, module: str, num_heads: int, split: int) -> tuple[PerHead, PerHead]:
         return self._factory.per_head(self._stored(module), num_heads, split)
 
+    def differs(self, module: str, main: str) -> bool:
+        """Whether a module that may be a copy of another, or absent, has to be read for itself."""
+        if not self._checkpoint.has(f"{module}.weight"):
+            return False
+        return not torch.equal(expand(self._stored(module)), expand(self._stored(main)))
+
     def _stored(self, module: str) -> ScaledWeight:
         name = f"{module}.weight"
         info = self._checkpoint.check_stored_weight(name, self._shapes[name])
@@ -151,6 +179,25 @@ def _load_layer(reader: _Reader, config: ModelConfig, layer_id: int) -> LayerWei
         mlp=None if is_moe else reader.mlp(f"{prefix}.mlp"),
         gate=gate,
         shared_experts=reader.mlp(f"{prefix}.mlp.shared_experts") if is_moe and config.n_shared_experts else None,
+    )
+
+
+def _load_mtp(reader: _Reader, config: ModelConfig, embed_tokens: Tensor, head: str, lm_head: Linear) -> MtpWeights:
+    """embed_tokens, lm_head: the trunk's. head: the latter's name."""
+    layer_id = config.num_hidden_layers
+    prefix = f"model.layers.{layer_id}"
+    if reader.differs(f"{prefix}.embed_tokens", "model.embed_tokens"):
+        embed_tokens = reader.dense(f"{prefix}.embed_tokens")
+    if reader.differs(f"{prefix}.shared_head.head", head):
+        lm_head = reader.linear(f"{prefix}.shared_head.head")
+    return MtpWeights(
+        embed_tokens=embed_tokens,
+        enorm=reader.vector(f"{prefix}.enorm.weight"),
+        hnorm=reader.vector(f"{prefix}.hnorm.weight"),
+        eh_proj=reader.linear(f"{prefix}.eh_proj"),
+        layer=_load_layer(reader, config, layer_id),
+        norm=reader.vector(f"{prefix}.shared_head.norm.weight"),
+        head=lm_head,
     )
 
 

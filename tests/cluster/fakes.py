@@ -25,7 +25,7 @@ def make_spec(num_replicas: int = 1, num_routers: int = 1) -> ClusterSpec:
         groups=tuple(GroupSpec(f"g{index}", hosted, num_replicas) for index, hosted in enumerate(HOSTED)),
         expert_threads=1,
         router_ids=tuple(f"r{index}" for index in range(num_routers)),
-        router=RouterSpec("bfloat16", "reduced", False, "auto", None, 30.0, 1),
+        router=RouterSpec("bfloat16", "reduced", False, "auto", None, None, 30.0, 1),
         listen_on="loopback",
         own_ray=True,
     )

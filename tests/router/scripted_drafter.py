@@ -17,8 +17,11 @@ class ScriptedDrafter:
         self.num_drafts = 0
         self.num_accepted = 0
 
-    def choose_depth(self, sequence: Sequence) -> int:
-        return self.depth
+    def choose_depths(self, sequences: Series[Sequence]) -> list[int]:
+        return [self.depth] * len(sequences)
+
+    def note_step(self, num_sequences: int, seconds: float) -> None:
+        pass
 
     def note_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         self.num_drafts += num_drafts

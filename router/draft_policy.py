@@ -1,0 +1,158 @@
+"""How many tokens to draft: what acceptance and step times say is fastest. Pure: no torch, no clock.
+
+A draft pays if the tokens it adds are worth more than the time it adds, and that time is nothing to be computed
+beforehand: a row more touches more experts, each pass of the draft layer is a round to the expert groups. So step times
+are measured per number of sequences and depth, and depths that were not tried lately are tried again now and then.
+Every choice gives the same tokens; only the speed differs.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# Chance that a draft holds if those before it do, before anything is known. 0.85 to 0.9 is reported for DeepSeek-V3.
+FIRST_RATE = 0.8
+# Weight of one verification in a sequence's own rates, and in those of all sequences.
+OWN_WEIGHT = 0.1
+COMMON_WEIGHT = 0.01
+# A depth without drafts forgets: after about a hundred steps it is tried again.
+FORGETTING = 0.01
+# Step times kept per depth; the median counts, so that one slow step means nothing.
+MAX_SAMPLES = 7
+MIN_SAMPLES = 3
+# Steps between two looks at a depth beside the best one, and how many steps a look takes.
+PROBE_INTERVAL = 200
+PROBE_STEPS = 5
+# Part of what a depth costs that grows with its sequences; the rest is paid by the first of them.
+COST_PER_SEQUENCE = 0.5
+
+
+class Acceptance:
+    """rates[j]: the chance that draft j + 1 holds if those before it do."""
+
+    def __init__(self, rates: Sequence[float]) -> None:
+        self.rates = list(rates)
+
+    def expected_tokens(self, depth: int) -> float:
+        """Of one step with so many drafts."""
+        chance, total = 1.0, 1.0
+        for rate in self.rates[:depth]:
+            chance *= rate
+            total += chance
+        return total
+
+
+@dataclass
+class _StepTimes:
+    """Of steps with about the same number of sequences. seconds[depth]: the latest ones."""
+
+    seconds: list[deque[float]]
+    num_steps: int = 0
+    last_probed: dict[int, int] = field(default_factory=dict[int, int])
+
+    def is_known(self, depth: int) -> bool:
+        return len(self.seconds[depth]) >= MIN_SAMPLES
+
+    def median(self, depth: int) -> float:
+        return statistics.median(self.seconds[depth])
+
+
+class DraftPolicy:
+    """Owned by one drafter."""
+
+    def __init__(self, max_depth: int) -> None:
+        """max_depth: at least 1."""
+        self._max_depth = max_depth
+        self._common = Acceptance([FIRST_RATE] * max_depth)
+        self._times: dict[int, _StepTimes] = {}
+        # (bucket, depth) of the last two choices: a step verifies the drafts of one and makes those of the other.
+        self._choices: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
+        self._probe: tuple[int, int] | None = None  # depth, steps left
+
+    def new_acceptance(self) -> Acceptance:
+        """For a sequence that begins: what the others' was of late."""
+        return Acceptance(self._common.rates)
+
+    def note_verified(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
+        """Of a sequence's num_drafts drafts, the first num_accepted held."""
+        for index in range(min(num_drafts, num_accepted + 1)):  # the rest had a wrong token before it
+            held = float(index < num_accepted)
+            acceptance.rates[index] += OWN_WEIGHT * (held - acceptance.rates[index])
+            self._common.rates[index] += COMMON_WEIGHT * (held - self._common.rates[index])
+
+    def note_step(self, num_sequences: int, seconds: float) -> None:
+        """A step took that long in which each of num_sequences sequences, and nothing else, was verified and drafted
+        for."""
+        before, now = self._choices
+        if now is None or before != now or now[0] != _bucket(num_sequences):
+            return  # it verified drafts of another depth than it made
+        self._times[now[0]].seconds[now[1]].append(seconds)
+
+    def choose(self, acceptances: Sequence[Acceptance]) -> list[int]:
+        """How many drafts to make for each of the sequences that go on; there is at least one."""
+        bucket = _bucket(len(acceptances))
+        times = self._times.get(bucket)
+        if times is None:
+            times = _StepTimes([deque(maxlen=MAX_SAMPLES) for _ in range(self._max_depth + 1)])
+            self._times[bucket] = times
+        times.num_steps += 1
+        tokens = [
+            sum(acceptance.expected_tokens(depth) for acceptance in acceptances) for depth in range(self._max_depth + 1)
+        ]
+        depth = self._choose_depth(times, tokens)
+        self._choices = (self._choices[1], (bucket, depth))
+        least_chances = self._least_chances(times, tokens[depth] / len(acceptances), depth)
+        return [self._limit(acceptance, least_chances) for acceptance in acceptances]
+
+    def _choose_depth(self, times: _StepTimes, tokens: Sequence[float]) -> int:
+        if self._probe is not None:
+            depth, left = self._probe
+            self._probe = (depth, left - 1) if left > 1 else None
+            return depth
+        for depth in range(min(1, self._max_depth) + 1):
+            if not times.is_known(depth):
+                return depth
+        known = [depth for depth in range(self._max_depth + 1) if times.is_known(depth)]
+        best = max(known, key=lambda depth: tokens[depth] / times.median(depth))
+        deeper = best + 1
+        if deeper <= self._max_depth and not times.is_known(deeper):
+            return deeper
+        if times.num_steps % PROBE_INTERVAL == 0:
+            beside = [depth for depth in (best - 1, best + 1) if 0 <= depth <= self._max_depth]
+            oldest = min(beside, key=lambda depth: times.last_probed.get(depth, 0))
+            times.last_probed[oldest] = times.num_steps
+            self._probe = (oldest, PROBE_STEPS - 1)
+            return oldest
+        return best
+
+    def _least_chances(self, times: _StepTimes, tokens_per_sequence: float, depth: int) -> list[float]:
+        """The chance that a draft at each depth needs to be worth its row: its share of the time a depth takes, in
+        tokens that this time would give otherwise."""
+        chances: list[float] = []
+        for index in range(depth):
+            chance = 0.0
+            if times.is_known(index) and times.is_known(index + 1) and times.is_known(depth):
+                added = (times.median(index + 1) - times.median(index)) / times.median(depth)
+                chance = max(0.0, COST_PER_SEQUENCE * tokens_per_sequence * added)
+            chances.append(chance)
+        return chances
+
+    def _limit(self, acceptance: Acceptance, least_chances: Sequence[float]) -> int:
+        depth, chance = 0, 1.0
+        for rate, least in zip(acceptance.rates, least_chances, strict=False):
+            chance *= rate
+            if chance < least:
+                break
+            depth += 1
+        for index in range(depth, self._max_depth):
+            acceptance.rates[index] += FORGETTING * (self._common.rates[index] - acceptance.rates[index])
+        return depth
+
+
+def _bucket(num_sequences: int) -> int:
+    """Numbers of sequences whose step times are one: four to a doubling."""
+    return round(4 * math.log2(num_sequences))

@@ -1,0 +1,133 @@
+"""Drafts from the checkpoint's MTP module: keeps its cache rows in step with the trunk's and guesses ahead.
+
+Row i of the module needs token i + 1, which is known once the trunk has computed row i and its logits are sampled. So
+each step's rows follow right behind the step, and the last of them gives the first draft. The module applied to its own
+output gives further ones; their rows hold guesses and are overwritten by what the next step finds.
+
+A draft is drawn as the verifying step will draw: same temperature, filters and penalties, same noise. So it holds as
+often as the two distributions agree, at any temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Series
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from router.block_pool import BLOCK_SIZE
+from router.draft_policy import Acceptance, DraftPolicy
+from router.drafter import DraftInput
+from router.mtp import MtpModule
+from router.sample_rows import build_sample_row
+from router.sampler import sample
+from router.sequence import Sequence
+from router.step_batch import TokenSpan, build_step_batch
+
+# Rows of a sequence that is not drafted for are kept, to go through the module together: a pass costs a round to the
+# expert groups. So many at most, for what they hold and for the prefixes that others reuse.
+MAX_KEPT_ROWS = BLOCK_SIZE
+
+
+class _Rows(NamedTuple):
+    """hidden_states: [n, hidden_size] of the trunk, for positions from start on."""
+
+    hidden_states: Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.hidden_states.shape[0]
+
+
+@dataclass
+class _Job:
+    """What goes through the module for one input. block_ids: as they were when it began; cancelling takes them from
+    the sequence, but nobody else gets them within a step."""
+
+    index: int
+    sequence: Sequence
+    rows: _Rows
+    num_drafts: int
+    block_ids: list[int]
+    drafts: list[int]
+
+
+class MtpDrafter:
+    """Implements drafter.Drafter. Owned by the engine's event loop."""
+
+    def __init__(self, module: MtpModule, policy: DraftPolicy, eos_token_ids: frozenset[int]) -> None:
+        self._policy = policy
+        self._module = module
+        self._eos_token_ids = eos_token_ids
+        self._acceptances: WeakKeyDictionary[Sequence, Acceptance] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[Sequence, _Rows] = WeakKeyDictionary()
+
+    def choose_depths(self, sequences: Series[Sequence]) -> list[int]:
+        return self._policy.choose([self._acceptance_of(sequence) for sequence in sequences])
+
+    def note_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        self._policy.note_verified(self._acceptance_of(sequence), num_drafts, num_accepted)
+
+    def note_step(self, num_sequences: int, seconds: float) -> None:
+        self._policy.note_step(num_sequences, seconds)
+
+    async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:
+        jobs = [job for index, item in enumerate(inputs) if (job := self._take_up(index, item)) is not None]
+        drafts: list[list[int]] = [[] for _ in inputs]
+        if not jobs:
+            return drafts
+        spans = [_span_of(job) for job in jobs]
+        hidden_states = torch.cat([job.rows.hidden_states for job in jobs])
+        hidden_states = await self._module.forward(hidden_states, build_step_batch(spans))
+        last_rows = torch.tensor([len(span.token_ids) for span in spans]).cumsum(0) - 1
+        drafting = [job.num_drafts > 0 for job in jobs]
+        jobs = [job for job in jobs if job.num_drafts > 0]
+        hidden_states = hidden_states[last_rows[drafting]]
+        while jobs:
+            token_ids = sample(
+                self._module.compute_logits(hidden_states),
+                [build_sample_row(job.sequence, job.drafts, self._eos_token_ids) for job in jobs],
+            )
+            for job, token_id in zip(jobs, token_ids.tolist(), strict=True):
+                job.drafts.append(token_id)
+                drafts[job.index] = job.drafts
+            unfinished = [len(job.drafts) < job.num_drafts for job in jobs]
+            if not any(unfinished):
+                break
+            jobs = [job for job in jobs if len(job.drafts) < job.num_drafts]
+            # The row behind the last one, whose next token is the last draft.
+            batch = build_step_batch(
+                [TokenSpan(job.drafts[-1:], job.rows.stop + len(job.drafts) - 1, job.block_ids) for job in jobs]
+            )
+            hidden_states = await self._module.forward(hidden_states[unfinished], batch)
+        return drafts
+
+    def _take_up(self, index: int, item: DraftInput) -> _Job | None:
+        """The job for an input, with the rows kept for it; None if these are kept on."""
+        sequence = item.sequence
+        if sequence.request.max_tokens <= 1:
+            return None  # nothing will ever be drafted for it
+        rows = _Rows(item.hidden_states, item.start)
+        kept = self._kept.pop(sequence, None)
+        if kept is not None and kept.stop == rows.start:  # else it was computed anew
+            rows = _Rows(torch.cat([kept.hidden_states, rows.hidden_states]), kept.start)
+        if item.num_drafts == 0 and rows.stop - rows.start < MAX_KEPT_ROWS:
+            # A copy: the rows are a view of all rows of their step.
+            self._kept[sequence] = _Rows(rows.hidden_states.clone(), rows.start)
+            return None
+        return _Job(index, sequence, rows, item.num_drafts, sequence.block_ids, [])
+
+    def _acceptance_of(self, sequence: Sequence) -> Acceptance:
+        acceptance = self._acceptances.get(sequence)
+        if acceptance is None:
+            acceptance = self._acceptances[sequence] = self._policy.new_acceptance()
+        return acceptance
+
+
+def _span_of(job: _Job) -> TokenSpan:
+    """The module's rows: each position with the token behind it."""
+    return TokenSpan(job.sequence.token_ids[job.rows.start + 1 : job.rows.stop + 1], job.rows.start, job.block_ids)

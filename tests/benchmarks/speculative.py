@@ -1,0 +1,172 @@
+"""What drafting with the MTP layer is worth on the demo: tokens per step, acceptance, tokens/s with and without.
+
+    python -m tests.benchmarks.speculative [--json]
+
+Expert groups, router and HTTP front are processes of their own, as users run them. Each batch size decodes the same
+prompts, at the recommended temperature, with the same seeds, so the text is the same with and without drafts. There is
+one stack for each depth; they take turns, so that a machine that gets slower slows all, and the median over the turns
+counts. Tokens/s are end to end: all tokens of a turn by the time it took, prefill included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+
+from tests.benchmarks.report import REPOSITORY, Bar, Figure, add_json_option, print_report, summarize
+from tests.local_stack import LocalStack, StackOptions, local_stack
+
+DEMO = REPOSITORY / "deploy" / "demo" / "checkpoint"
+PROMPTS = (
+    "import os\nimport unittest\n\n\nclass QueueTest(unittest.TestCase):\n    def test_",
+    'def read_config(path):\n    """Return the settings in path."""\n',
+    "class Counter:\n    def __init__(self):\n",
+    "import asyncio\n\n\nasync def main():\n",
+    "from collections import defaultdict\n\n\ndef group_by(items, key):\n",
+    "class Parser:\n    def parse(self, text):\n",
+    "import socket\nimport threading\n\n\nclass Server:\n",
+    "def test_round_trip(self):\n",
+)
+
+
+class Turn(NamedTuple):
+    """One run of a batch. tokens_per_step: of each sequence. drafted, accepted: by depth."""
+
+    tokens_per_second: float
+    tokens_per_step: float
+    drafted: tuple[int, ...]
+    accepted: tuple[int, ...]
+    texts: tuple[str, ...]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--depth", type=int, nargs="+", default=[1], help="most drafts per step, besides none")
+    parser.add_argument("--tokens", type=int, default=128, help="generated per sequence")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--groups", type=int, default=2)
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    depths = [0, *sorted(set(options.depth) - {0})]
+    turns: dict[tuple[int, int], list[Turn]] = {(batch, depth): [] for batch in options.batch for depth in depths}
+    with contextlib.ExitStack() as running, tempfile.TemporaryDirectory() as folder:
+        stacks = {depth: start_stack(running, options, depth, Path(folder)) for depth in depths}
+        for stack in stacks.values():
+            for batch in options.batch:
+                run_turn(stack, batch, options)  # buffers, connections, and what the policy wants to know first
+        for _ in range(options.turns):
+            for batch, depth in turns:
+                turns[batch, depth].append(run_turn(stacks[depth], batch, options))
+    print_report(
+        "speculative",
+        sizes={"checkpoint": str(options.checkpoint.relative_to(REPOSITORY)), "groups": options.groups,
+               "tokens": options.tokens, "temperature": options.temperature, "turns": options.turns},
+        limit=[],
+        figures=build_figures(turns),
+        bars=build_bars(turns, options.batch, depths),
+        as_line=options.json,
+    )  # fmt: skip
+
+
+def start_stack(running: contextlib.ExitStack, options: argparse.Namespace, depth: int, folder: Path) -> LocalStack:
+    """In bf16, as served by default, but with a fixed most of drafts."""
+    stack_options = StackOptions(
+        num_groups=options.groups,
+        dtype="bfloat16",
+        wire_dtype="bfloat16",
+        extra_router_arguments=("--speculative-tokens", str(depth)),
+    )
+    return running.enter_context(local_stack(options.checkpoint, folder / str(depth), stack_options))
+
+
+def run_turn(stack: LocalStack, batch: int, options: argparse.Namespace) -> Turn:
+    """The first `batch` prompts at once, each answered to the full length."""
+    before = stack.status()
+    with stack.client() as client, concurrent.futures.ThreadPoolExecutor(batch) as threads:
+        started_s = time.perf_counter()
+        texts = tuple(threads.map(lambda index: complete(client, index, options), range(batch)))
+        seconds = time.perf_counter() - started_s
+    after = stack.status()
+    num_tokens = after.num_generated_tokens - before.num_generated_tokens
+    return Turn(
+        tokens_per_second=num_tokens / seconds,
+        tokens_per_step=num_tokens / (after.num_turns - before.num_turns),
+        drafted=subtract(after.num_drafted, before.num_drafted),
+        accepted=subtract(after.num_accepted, before.num_accepted),
+        texts=texts,
+    )
+
+
+def complete(client: httpx.Client, index: int, options: argparse.Namespace) -> str:
+    body = {"prompt": PROMPTS[index % len(PROMPTS)], "seed": index, "max_tokens": options.tokens, "ignore_eos": True,
+            "temperature": options.temperature}  # fmt: skip
+    answered = client.post("/v1/completions", json=body)
+    answered.raise_for_status()
+    return answered.json()["choices"][0]["text"]
+
+
+def subtract(after: Sequence[int], before: Sequence[int]) -> tuple[int, ...]:
+    return tuple(count - (before[index] if index < len(before) else 0) for index, count in enumerate(after))
+
+
+def build_figures(turns: Mapping[tuple[int, int], Sequence[Turn]]) -> list[Figure]:
+    figures: list[Figure] = []
+    for (batch, depth), measured in turns.items():
+        details = {"batch": batch, "speculative_tokens": depth}
+        figures.append(summarize("end_to_end", [turn.tokens_per_second for turn in measured], "tokens/s", **details))
+        if depth == 0:
+            continue
+        figures.append(summarize("tokens_per_step", [turn.tokens_per_step for turn in measured], "tokens", **details))
+        for index in range(len(measured[-1].drafted)):
+            counts = [count_at(turn, index) for turn in measured]
+            drafted, accepted = sum(count for count, _ in counts), sum(count for _, count in counts)
+            if drafted > 0:
+                figures.append(Figure("acceptance", accepted / drafted, "", {**details, "draft": index + 1}))
+        plain = turns[batch, 0][0].texts
+        same = statistics.mean(one == other for one, other in zip(measured[0].texts, plain, strict=True))
+        figures.append(Figure("same_text_as_without_drafts", same, "of sequences", details))
+    return figures
+
+
+def count_at(turn: Turn, index: int) -> tuple[int, int]:
+    """Drafted and accepted at a depth."""
+    return (turn.drafted[index], turn.accepted[index]) if index < len(turn.drafted) else (0, 0)
+
+
+def build_bars(
+    turns: Mapping[tuple[int, int], Sequence[Turn]], batches: Sequence[int], depths: Sequence[int]
+) -> list[Bar]:
+    """For one draft per step, as asked."""
+    if 1 not in depths:
+        return []
+    bars: list[Bar] = []
+    for batch in batches:
+        plain, drafting = turns[batch, 0], turns[batch, 1]
+        per_step = statistics.median(turn.tokens_per_step for turn in drafting)
+        bars.append(Bar(f"tokens per step at k=1, batch {batch}", 1.5, per_step, "tokens", "high"))
+        # The two of a turn ran side by side: their ratio is what a machine of varying speed leaves.
+        gain = statistics.median(
+            one.tokens_per_second / other.tokens_per_second for one, other in zip(drafting, plain, strict=True)
+        )
+        bars.append(Bar(f"end-to-end tokens/s with k=1 over without, batch {batch}", 1.0, gain, "x", "high"))
+    return bars
+
+
+if __name__ == "__main__":
+    main()
