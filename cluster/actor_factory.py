@@ -34,16 +34,20 @@ class ActorFactory:
         self._spec_json = spec.to_json()
 
     def create_replica(self, replica_id: str, node_id: str | None = None) -> Any:
-        """node_id: where it should go while that node lives; None: Ray spreads."""
+        """node_id: the node it lives and ends with; None: Ray spreads."""
         return self._create(ExpertReplica, replica_id, DATA_PLANE_ENV, self._spec_json, replica_id, node_id=node_id)
 
     def create_router(self, router_id: str) -> Any:
-        return self._create(Router, router_id, DATA_PLANE_ENV, self._spec_json, router_id)
+        """Routers go round the nodes, the first one beside the HTTP front."""
+        node_id = None if self._spec.own_ray else self._choose_router_node(router_id)
+        return self._create(Router, router_id, DATA_PLANE_ENV, self._spec_json, router_id, node_id=node_id)
 
     def create_controller(self, *args: Any) -> Any:
         from cluster.controller_actor import Controller
 
-        return self._create(Controller, CONTROLLER_NAME, {}, self._spec_json, *args)
+        # On the node of `shoal serve`, whose machine is where its admin API is looked for.
+        node_id = ray.get_runtime_context().get_node_id()
+        return self._create(Controller, CONTROLLER_NAME, {}, self._spec_json, *args, node_id=node_id)
 
     def list_existing(self) -> frozenset[str]:
         """Names of the actors in our namespace that live or are being restarted."""
@@ -68,6 +72,12 @@ class ActorFactory:
         except ValueError:
             return
 
+    def _choose_router_node(self, router_id: str) -> str:
+        """`shoal serve` and the controller, which call this, are on the same node."""
+        home_id = ray.get_runtime_context().get_node_id()
+        node_ids = [home_id, *sorted(self.list_nodes() - {home_id})]
+        return node_ids[self._spec.router_ids.index(router_id) % len(node_ids)]
+
     def _create(self, actor_class: type, name: str, env: dict[str, str], *args: Any, node_id: str | None = None) -> Any:
         options: dict[str, Any] = {
             "name": name,
@@ -85,7 +95,7 @@ class ActorFactory:
             options["num_gpus"] = self._spec.gpus_per_actor
         if not self._spec.own_ray:
             options["scheduling_strategy"] = (
-                "SPREAD" if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=True)
+                "SPREAD" if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=False)
             )
             if env:
                 options["runtime_env"] = {"env_vars": env}

@@ -44,7 +44,8 @@ def build_application(settings: ApiSettings) -> Application:
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=10,
         health_check_timeout_s=30,
-        ray_actor_options={"num_cpus": 0},
+        # Beside the proxy, on Ray's head node: another node that is lost takes no stream along.
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
     return deployment.bind()

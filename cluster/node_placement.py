@@ -1,7 +1,8 @@
 """Which Ray node a new expert replica goes to. Pure.
 
 Replicas of one group belong on different nodes, so that a lost node takes one replica of a group and not all of them;
-beyond that, nodes get equal numbers. The choice is a wish: Ray starts the actor elsewhere if the node is gone by then.
+beyond that, nodes get equal numbers. An actor stays with its node: if that is gone, so is the actor, and it is created
+anew.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class ActorStatus:
 
 @dataclass(frozen=True, slots=True)
 class CreateReplica:
-    """node_id: where it should go; None where Ray chooses."""
+    """node_id: where it goes; None where Ray chooses."""
 
     replica_id: str
     node_id: str | None = None

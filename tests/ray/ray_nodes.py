@@ -1,0 +1,90 @@
+"""Two Ray nodes on one machine: real raylets, as `ray start` makes them.
+
+The head is at the machine's own address, which Ray takes for any loopback one, the other node at 127.0.0.2.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+# `ray start --head` takes the machine's own address for any loopback one.
+HEAD_HOST = "127.0.0.1"
+WORKER_HOST = "127.0.0.2"
+_ARGUMENTS = ("--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--log-style=record")
+
+
+class RayNodes:
+    """Starts the head at once; close it. Needs RAY_AUTH_MODE=disabled in the environment.
+
+    Each node is a process of its own in the foreground (`ray start --block`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.address = f"{HEAD_HOST}:{_get_free_port()}"
+        self._environment = os.environ | {
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+            # Workers at their usual niceness would starve beside other work on the machine.
+            "RAY_worker_niceness": "0",
+        }
+        self._logs = folder
+        port = self.address.partition(":")[2]
+        self.head = self._start("head", "--head", f"--port={port}", "--include-dashboard=false", host=HEAD_HOST)
+        self.worker: psutil.Process | None = None
+
+    def add_worker(self) -> None:
+        self.worker = self._start("worker", f"--address={self.address}", host=WORKER_HOST)
+
+    def is_up(self, name: str) -> bool:
+        """Whether `head` or `worker` belongs to the cluster by now."""
+        return "Ray runtime started" in (self._logs / f"{name}.log").read_text()
+
+    def kill_worker(self) -> None:
+        """The whole node at once: raylet, agents and every actor on it."""
+        assert self.worker is not None
+        _kill_tree(self.worker)
+
+    def close(self) -> None:
+        for process in (self.worker, self.head):
+            if process is not None:
+                _kill_tree(process)
+
+    def _start(self, name: str, *arguments: str, host: str) -> psutil.Process:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", *arguments, *_ARGUMENTS]
+        with (self._logs / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
+            )
+        return psutil.Process(process.pid)
+
+
+def _kill_tree(process: psutil.Process) -> None:
+    """SIGKILL to the process and all that descends from it, stopped first so that none makes another."""
+    try:
+        processes = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for each in processes:
+        try:
+            each.suspend()
+            processes.extend(child for child in each.children() if child not in processes)
+        except psutil.NoSuchProcess:
+            continue
+    for each in processes:
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _get_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HEAD_HOST, 0))
+        return probe.getsockname()[1]
