@@ -93,7 +93,11 @@ class ServeSettings(BaseModel):
     combine: Literal["reduced", "exact"] = Field(
         "reduced", description="reduced: one partial sum per row and group; exact: one row per expert, more bytes"
     )
-    deterministic: bool = Field(False, description="output independent of batch mates, chunking, retries and failures")
+    deterministic: bool | None = Field(
+        None,
+        description="output independent of batch mates, chunking, retries and failures; None: where it costs nothing, "
+        "which is with the native CPU kernel",
+    )
     micro_batches: Annotated[MicroBatchSetting, BeforeValidator(parse_micro_batches)] = Field(
         "auto",
         description="parts of a step that compute while others wait for experts; auto: as many as measured to pay, "

@@ -36,7 +36,7 @@ class RouterSpec:
 
     wire_dtype: str
     combine: Literal["reduced", "exact"]
-    deterministic: bool
+    deterministic: bool | None
     micro_batches: Literal["auto", "off"] | int
     max_model_len: int | None
     speculative_tokens: int | None

@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         help="of activations on the wire; fp8: out to the experts only",
     )
     parser.add_argument("--combine", choices=["reduced", "exact"], default="reduced")
-    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction)
     parser.add_argument(
         "--micro-batches",
         type=parse_micro_batches,

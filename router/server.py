@@ -67,7 +67,8 @@ class RouterConfig:
     micro_batches: that a step is split into. expert_endpoints: host:port of known replicas; empty: wait for
     UpdateExpertTable. num_threads: of torch; None: its default. device: auto, cpu, cuda or cuda:INDEX, where the trunk
     computes. kv_cache_tokens: of the latent cache; None: half of the memory that is free once the weights are loaded,
-    on a card all of it but what a step takes. speculative_tokens: most tokens to draft per step; 0: none;
+    on a card all of it but what a step takes. deterministic: None: where it costs nothing, which is with the
+    native CPU kernel. speculative_tokens: most tokens to draft per step; 0: none;
     None: DEFAULT_SPECULATIVE_TOKENS, if the checkpoint has an MTP layer. call_timeout_s: one attempt of one expert
     call. expert_wait_s: for a group with no usable replica."""
 
@@ -78,7 +79,7 @@ class RouterConfig:
     dtype: torch.dtype = torch.bfloat16
     wire_format: WireFormat = WireFormat.BFLOAT16
     combine: CombineMode = "reduced"
-    deterministic: bool = False
+    deterministic: bool | None = None
     micro_batches: MicroBatchSetting = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -113,11 +114,13 @@ class RouterServer:
         self._device = resolve_device(wanted)
         if config.deterministic and self._device.type != "cpu":
             raise ConfigError(f"deterministic output is not to be had on {self._device}: use --device cpu")
-        if config.deterministic and load_cpu_kernel(config.dtype) is None:
+        can_repeat = self._device.type == "cpu" and load_cpu_kernel(config.dtype) is not None
+        if config.deterministic and not can_repeat:
             raise ConfigError(
                 "deterministic output needs the native CPU kernel (torch's products depend on the rows beside a row): "
                 "install g++ 11 or newer, or serve with --no-deterministic"
             )
+        self._is_deterministic = can_repeat if config.deterministic is None else config.deterministic
         self._speculative_tokens = _resolve_speculative_tokens(config, self._model)
         self._engine: Engine | None = None
         self._drain_requested = False
@@ -243,7 +246,7 @@ class RouterServer:
                     dispatcher,
                     cache,
                     max_model_len=self._max_model_len,
-                    deterministic=config.deterministic,
+                    deterministic=self._is_deterministic,
                 )
                 drafter = self._build_drafter(weights, dispatcher, cache)
             self._engine = Engine(
@@ -277,7 +280,7 @@ class RouterServer:
             dispatcher,
             cache,
             max_model_len=self._max_model_len,
-            deterministic=self._config.deterministic,
+            deterministic=self._is_deterministic,
             device=self._device,
         )
         return MtpDrafter(module, DraftPolicy(self._speculative_tokens), frozenset(self._model.eos_token_ids))
