@@ -127,7 +127,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         elif name == "admin_token":
             # A command line can be read by every user of the machine.
             continue
-        elif field.annotation is bool:
+        elif field.annotation in (bool, bool | None):
             parser.add_argument(flag, f"--no-{flag[2:]}", dest=name, nargs=0, action=_Setting, help=help_text)
         elif get_origin(field.annotation) is Literal:
             choices = [str(choice) for choice in get_args(field.annotation)]

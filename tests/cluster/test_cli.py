@@ -41,7 +41,8 @@ def test_every_setting_but_the_secret_has_a_flag():
             continue
         choice = {"dtype": "float32", "wire_dtype": "fp8", "combine": "exact", "device": "cpu", "log_level": "debug"}
         flag = f"--{name.replace('_', '-')}"
-        arguments += [flag] if ServeSettings.model_fields[name].annotation is bool else [flag, choice.get(name, "7")]
+        is_switch = ServeSettings.model_fields[name].annotation in (bool, bool | None)
+        arguments += [flag] if is_switch else [flag, choice.get(name, "7")]
     parsed = cli.build_parser().parse_args(arguments)
     assert set(parsed.settings) == set(ServeSettings.model_fields) - {"admin_token"}
 

@@ -123,7 +123,7 @@ def test_a_router_that_is_stopped_while_it_loads_stops_loading(
     loading, ended = threading.Event(), threading.Event()
 
     def load_for_ever(
-        _: Checkpoint, dtype: torch.dtype, device: torch.device, on_layer: Callable[[float], None]
+        _: Checkpoint, dtype: torch.dtype, device: torch.device, with_mtp: bool, on_layer: Callable[[float], None]
     ) -> TrunkWeights:
         try:
             while True:
