@@ -188,7 +188,12 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
         settings.url,
         settings.admin_url,
     )
-    return spec, ApiSettings(checkpoint=folder, served_model_names=(model_name,), max_model_len=settings.max_model_len)
+    return spec, ApiSettings(
+        checkpoint=folder,
+        served_model_names=(model_name,),
+        max_model_len=settings.max_model_len,
+        router_wait_s=settings.router_wait_s,
+    )
 
 
 def _start(

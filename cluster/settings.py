@@ -123,6 +123,9 @@ class ServeSettings(BaseModel):
     expert_wait_s: Annotated[float, Field(gt=0, le=3600)] = Field(
         30.0, description="seconds a request waits for an expert group without a live replica, then 503"
     )
+    router_wait_s: Annotated[float, Field(gt=0, le=3600)] = Field(
+        30.0, description="seconds a request waits for a router while there is none, or its own was lost, then 503"
+    )
     expert_threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads of one expert group replica; None: the cores divided by the replicas"
     )

@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from experts.model_config import ModelConfig
 from router.drafter import Drafter, DraftInput, count_accepted
-from router.errors import BadRequest, NotReady, RouterError
+from router.errors import BadRequest, ExpertsUnavailable, NotReady, RouterError
 from router.micro_batches import MicroBatchRunner
 from router.overlap_policy import OverlapPolicy
 from router.sample_rows import build_sample_row
@@ -74,9 +75,11 @@ class Engine:
         max_model_len: int,
         overlap: OverlapPolicy | None = None,
         drafter: Drafter | None = None,
+        find_outage: Callable[[], str | None] = lambda: None,
     ) -> None:
         """limits.num_blocks: of the trunk's cache. overlap: None computes every step as one batch. drafter: None: one
-        token per sequence and step."""
+        token per sequence and step. find_outage: what has been missing for so long that no request may wait for it;
+        None: nothing."""
         self._config = config
         self._trunk = trunk
         self._micro_batches = MicroBatchRunner(trunk, overlap or OverlapPolicy("off"))
@@ -85,6 +88,7 @@ class Engine:
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._wake = asyncio.Event()
+        self.find_outage = find_outage
         self._draining = False
         self._num_steps = 0
         self._num_turns = 0
@@ -124,11 +128,13 @@ class Engine:
     def submit(self, request: GenerationRequest) -> Sequence:
         """Queue a request; its outputs arrive in the returned sequence's queue.
 
-        Raises BadRequest, QueueFull, or NotReady while draining.
+        Raises BadRequest, QueueFull, NotReady while draining, or ExpertsUnavailable during an outage.
         """
         if self._draining:
             raise NotReady("the router is draining")
         self._validate(request)
+        if (outage := self.find_outage()) is not None:
+            raise ExpertsUnavailable(outage)
         sequence = Sequence(request=request, token_ids=list(request.prompt_token_ids))
         self._scheduler.add(sequence)
         self._wake.set()
@@ -162,6 +168,8 @@ class Engine:
                 except RouterError as error:
                     logger.warning("step failed num_sequences=%d reason=%s", len(chunks), error)
                     self._fail(chunks, error)
+                    if (outage := self.find_outage()) is not None:
+                        self._fail_all(ExpertsUnavailable(outage))
                 except Exception as error:
                     logger.exception("step failed num_sequences=%d", len(chunks))
                     self._fail(chunks, error)
@@ -287,15 +295,19 @@ class Engine:
             if not draft_input.sequence.cancelled:
                 draft_input.sequence.draft_token_ids = token_ids
 
-    def _finish(self, sequence: Sequence, output: SequenceOutput) -> None:
+    def _finish(self, sequence: Sequence, output: SequenceOutput | Exception) -> None:
         self._scheduler.remove(sequence)
         sequence.outputs.put_nowait(output)
 
     def _fail(self, chunks: list[ScheduledChunk], error: Exception) -> None:
         for sequence in [chunk.sequence for chunk in chunks]:
             if sequence in self._scheduler.running:  # else it has ended, or was cancelled meanwhile
-                self._scheduler.remove(sequence)
-                sequence.outputs.put_nowait(error)
+                self._finish(sequence, error)
+
+    def _fail_all(self, error: Exception) -> None:
+        """Nobody waits for what others have waited for in vain."""
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+            self._finish(sequence, error)
 
     def _hand_out_prompt_logprobs(self, chunks: list[ScheduledChunk], batch: StepBatch, hidden_states: Tensor) -> None:
         """Row p of a prompt gives the log-probability of prompt token p + 1; the first token has none."""

@@ -4,7 +4,7 @@ RouterError
 ├── BadRequest            the client's fault: repeating it does not help      -> INVALID_ARGUMENT
 ├── QueueFull             more requests wait than allowed                     -> RESOURCE_EXHAUSTED
 ├── NotReady              loading or draining; another router may serve it    -> UNAVAILABLE
-├── ExpertsUnavailable    no replica of a group came back in time             -> UNAVAILABLE
+├── ExpertsUnavailable    no replica of a group came back in time             -> FAILED_PRECONDITION
 ├── StaleTable            an older expert table than the one in force         -> FAILED_PRECONDITION
 ├── FrameRefused          a replica calls a frame malformed: versions do not fit  -> INTERNAL
 ├── TableChanged          a frame no longer fits the expert table: plan again

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection
 
 import numpy as np
@@ -34,6 +35,7 @@ class ExpertPool:
         self._changed = asyncio.Event()
         self._expert_groups: dict[int, npt.NDArray[np.int64]] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._unserved_since: float | None = time.monotonic()
 
     @property
     def table(self) -> ExpertTable:
@@ -78,6 +80,11 @@ class ExpertPool:
             return f"no expert group hosts layer {layer_id}, expert {expert_id} ({len(missing)} such pairs)"
         waiting = [group.name for group in self._table.groups if self._best(group.name, ()) is None]
         return f"waiting for a replica of expert group {', '.join(waiting)}" if waiting else None
+
+    @property
+    def unserved_s(self) -> float:
+        """How long some (layer, expert) has had no connected replica; 0 while all have."""
+        return 0.0 if self._unserved_since is None else time.monotonic() - self._unserved_since
 
     def pick(self, group_name: str) -> ExpertConnection | None:
         """The connected replica of a group with the least outstanding frames; None if there is none now."""
@@ -141,6 +148,10 @@ class ExpertPool:
 
     def _notify(self) -> None:
         self._changed.set()
+        if self.unserved() is None:
+            self._unserved_since = None
+        elif self._unserved_since is None:
+            self._unserved_since = time.monotonic()
 
     async def _close_when_idle(self, connection: ExpertConnection) -> None:
         deadline = asyncio.get_running_loop().time() + CLOSE_GRACE_S

@@ -21,7 +21,7 @@ from router.sequence import GenerationRequest, Rank, Sequence
 @dataclass(frozen=True)
 class SchedulerLimits:
     """max_num_seqs: running at once. max_batched_tokens: of one step. num_blocks: of cache, for all running
-    sequences. max_waiting: beyond it a request is refused."""
+    sequences. max_waiting: beyond it a request is refused, unless another router had begun it."""
 
     max_num_seqs: int
     max_batched_tokens: int
@@ -46,10 +46,10 @@ class QueuePolicy(Protocol):
 
 
 class PriorityThenArrival:
-    """First come, first served among those of one priority."""
+    """First come, first served among those of one priority. What another router had begun came before all."""
 
     def rank(self, request: GenerationRequest, arrival: int) -> Rank:
-        return (request.priority, arrival)
+        return (request.priority, 0 if request.num_answer_tokens else 1, arrival)
 
 
 @dataclass
@@ -83,7 +83,8 @@ class Scheduler:
                 f"the request needs {needed} tokens of KV cache, this router holds {held}: "
                 "shorten the prompt or lower max_tokens"
             )
-        if len(self.waiting) >= self._limits.max_waiting:
+        # Half an answer must not be lost to those who have not begun.
+        if len(self.waiting) >= self._limits.max_waiting and sequence.request.num_answer_tokens == 0:
             raise QueueFull(f"{len(self.waiting)} requests are waiting already")
         sequence.rank = self._policy.rank(sequence.request, self._num_arrived)
         self._num_arrived += 1

@@ -11,6 +11,7 @@ import concurrent.futures
 import logging
 import os
 import threading
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -123,6 +124,7 @@ class RouterServer:
         self._is_deterministic = can_repeat if config.deterministic is None else config.deterministic
         self._speculative_tokens = _resolve_speculative_tokens(config, self._model)
         self._engine: Engine | None = None
+        self._engine_made_at = 0.0
         self._drain_requested = False
         self._pool: ExpertPool | None = None
         self._load_progress = 0.0
@@ -256,7 +258,9 @@ class RouterServer:
                 max_model_len=self._max_model_len,
                 drafter=drafter,
                 overlap=OverlapPolicy(config.micro_batches),
+                find_outage=self._find_outage,
             )
+            self._engine_made_at = time.monotonic()
         except BaseException as error:
             self._loaded.set_exception(error)
             raise
@@ -336,6 +340,14 @@ class RouterServer:
         available_bytes = get_available_bytes()
         # A container may be allowed less than the machine has left, which is all that psutil knows.
         return psutil.virtual_memory().available if available_bytes is None else available_bytes
+
+    def _find_outage(self) -> str | None:
+        """What no request may wait for any more: experts that have been away for expert_wait_s. While the weights were
+        being loaded, nobody waited for them."""
+        away_s = min(self.pool.unserved_s, time.monotonic() - self._engine_made_at)
+        if away_s <= self._config.expert_wait_s:
+            return None
+        return f"{self.pool.unserved()}, for {away_s:.0f} s now"
 
     def _set_load_progress(self, fraction: float) -> None:
         """Called by the loading thread, which nothing else could end."""

@@ -36,7 +36,7 @@ _STATUS_OF_ERROR: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (BadRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotReady, grpc.StatusCode.UNAVAILABLE),
-    (ExpertsUnavailable, grpc.StatusCode.UNAVAILABLE),
+    (ExpertsUnavailable, grpc.StatusCode.FAILED_PRECONDITION),
     (StaleTable, grpc.StatusCode.FAILED_PRECONDITION),
     (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),  # an expert table with an empty range
 )
@@ -140,8 +140,9 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         response.num_accepted.extend(progress.num_accepted)
         response.draining = engine.draining
         unserved = state.pool.unserved()
+        response.unserved_ms = int(state.pool.unserved_s * 1000)
         response.ready = unserved is None and not engine.draining
-        response.message = "draining" if engine.draining else unserved or ""
+        response.message = "draining" if engine.draining else engine.find_outage() or unserved or ""
         return response
 
 

@@ -33,6 +33,8 @@ def main() -> int:
         checkpoint=arguments.checkpoint,
         served_model_names=tuple(arguments.served_model_name),
         max_model_len=arguments.max_model_len,
+        router_wait_s=arguments.router_wait_s,
+        router_dead_s=arguments.router_dead_s,
     )
     try:
         app = create_app(settings, StaticEndpoints(arguments.router))
@@ -73,6 +75,12 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     parser.add_argument("--served-model-name", action="append", default=[], help="may be repeated")
     parser.add_argument("--max-model-len", type=int, help="context length in tokens; default: the checkpoint's")
+    parser.add_argument(
+        "--router-wait-s", type=float, default=ApiSettings.router_wait_s, help="for a router to come back, then 503"
+    )
+    parser.add_argument(
+        "--router-dead-s", type=float, default=ApiSettings.router_dead_s, help="without a sign of life, until then"
+    )
     return parser.parse_args()
 
 

@@ -46,14 +46,14 @@ Chunks = AsyncGenerator[bytes, None]
 async def open_stream(request: Request, chunks: Chunks, settings: ApiSettings) -> Response:
     """Start an event stream of chunks.
 
-    Waits for the first chunk, so that a request refused by then gets a proper status, but no longer than a silent
-    stream may last. Raises ApiError, or ClientGone.
+    Waits up to status_line_wait_s for the first chunk, so that a request refused by then gets a proper status. Raises
+    ApiError, or ClientGone.
     """
     first = asyncio.ensure_future(anext(chunks))
     watcher = asyncio.create_task(_wait_until_gone(request.receive))
     is_handed_over = False
     try:
-        await asyncio.wait({first, watcher}, timeout=settings.ping_interval_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({first, watcher}, timeout=settings.status_line_wait_s, return_when=asyncio.FIRST_COMPLETED)
         if watcher.done():
             raise ClientGone
         if first.done() and first.exception() is not None:

@@ -19,8 +19,14 @@ class ApiSettings:
     Must not be larger than the routers' own."""
     request_timeout_s: float = 600.0
     """Longest life of one request; the same 600 s as the openai client's default."""
-    router_retry_s: float = 15.0
-    """How long a request that no router takes is offered again before it is answered with 503."""
+    router_wait_s: float = 30.0
+    """How long a request that no router takes, or whose router was lost, waits for one before it is answered with 503.
+    """
+    router_silence_s: float = 1.0
+    """A stream without a token for this long has its router asked for its status."""
+    router_dead_s: float = 5.0
+    """A router that does not answer that question for so long loses its streams to another. Longer than any router
+    computes without a pause."""
     status_timeout_s: float = 2.0
     """Deadline of one question for a router's status."""
     max_step_s: float = 60.0
@@ -31,6 +37,9 @@ class ApiSettings:
     """A client that does not read a chunk of its stream for this long counts as gone."""
     ping_interval_s: float = 15.0
     """A comment is sent on a silent stream this often, so that proxies keep it open."""
+    status_line_wait_s: float = 40.0
+    """A stream's status line waits this long for a first token, so that a request that is turned away after
+    router_wait_s, or the routers' expert_wait_s, gets a proper status."""
     retry_after_s: int = 2
     """Advice to clients that are turned away for the moment."""
     max_body_bytes: int = 8 * 1024 * 1024

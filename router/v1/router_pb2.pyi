@@ -178,7 +178,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("router_id", "pid", "ready", "draining", "message", "table_version", "num_running", "num_waiting", "num_steps", "current_step_ms", "connected_replica_ids", "load_progress", "num_blocks", "num_blocks_held", "num_blocks_idle", "block_size", "num_preemptions", "num_prompt_tokens", "num_cached_tokens", "step_times", "num_turns", "num_generated_tokens", "num_drafted", "num_accepted")
+    __slots__ = ("router_id", "pid", "ready", "draining", "message", "table_version", "num_running", "num_waiting", "num_steps", "current_step_ms", "connected_replica_ids", "load_progress", "num_blocks", "num_blocks_held", "num_blocks_idle", "block_size", "num_preemptions", "num_prompt_tokens", "num_cached_tokens", "step_times", "num_turns", "num_generated_tokens", "num_drafted", "num_accepted", "unserved_ms")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +203,7 @@ class StatusResponse(_message.Message):
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    UNSERVED_MS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     pid: int
     ready: bool
@@ -227,7 +228,8 @@ class StatusResponse(_message.Message):
     num_generated_tokens: int
     num_drafted: _containers.RepeatedScalarFieldContainer[int]
     num_accepted: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., step_times: _Optional[_Union[StepTimes, _Mapping]] = ..., num_turns: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_drafted: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ...) -> None: ...
+    unserved_ms: int
+    def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., step_times: _Optional[_Union[StepTimes, _Mapping]] = ..., num_turns: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_drafted: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ..., unserved_ms: _Optional[int] = ...) -> None: ...
 
 class StepTimes(_message.Message):
     __slots__ = ("attention_ns", "gate_ns", "scatter_ns", "wait_ns", "shared_ns", "head_ns", "sample_ns", "overhead_ns", "step_ns")

@@ -61,8 +61,9 @@ class RouterServiceServicer:
 
     def Generate(self, request, context):
         """One sequence from its token ids. Cancelling the call cancels the work within one step.
-        INVALID_ARGUMENT: never repeat. RESOURCE_EXHAUSTED: queue full. UNAVAILABLE: draining, or no
-        replica of an expert group came back within expert_wait_s. Both may be repeated elsewhere.
+        INVALID_ARGUMENT: never repeat. RESOURCE_EXHAUSTED: queue full. UNAVAILABLE: loading, draining or stopping.
+        FAILED_PRECONDITION: no replica of an expert group came back within expert_wait_s; as long as that lasts, new
+        requests get it at once. All three may be repeated elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

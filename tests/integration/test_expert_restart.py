@@ -50,7 +50,7 @@ def test_a_stream_survives_the_death_of_an_expert_process(fragile_stack: LocalSt
 
 
 def test_a_request_is_answered_in_time_when_a_group_stays_away(fragile_stack: LocalStack) -> None:
-    """UNAVAILABLE after expert_wait_s; the same router serves again once the group is back."""
+    """FAILED_PRECONDITION after expert_wait_s; the same router serves again once the group is back."""
     server = RouterServer(
         RouterConfig(
             checkpoint=str(fragile_stack.checkpoint),
@@ -72,7 +72,7 @@ def test_a_request_is_answered_in_time_when_a_group_stays_away(fragile_stack: Lo
 
             with pytest.raises(grpc.RpcError) as refused:
                 generate(channel, PROMPT, 8)
-            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
             assert "g1" in (refused.value.details() or "")
 
             fragile_stack.restart_expert(1).wait_ready(time.monotonic() + START_TIMEOUT_S)

@@ -7,7 +7,7 @@ import contextlib
 import enum
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,7 @@ def build_engine(
     max_model_len: int = 256,
     deterministic: bool = True,
     drafter: Drafter | None = None,
+    find_outage: Callable[[], str | None] = lambda: None,
 ) -> Engine:
     checkpoint = Checkpoint(folder)
     limits = limits or SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, num_blocks=128, max_waiting=32)
@@ -201,7 +202,9 @@ def build_engine(
             max_model_len=max_model_len,
             deterministic=deterministic,
         )
-    return Engine(checkpoint.config, trunk, limits, max_model_len=max_model_len, drafter=drafter)
+    return Engine(
+        checkpoint.config, trunk, limits, max_model_len=max_model_len, drafter=drafter, find_outage=find_outage
+    )
 
 
 @contextlib.asynccontextmanager

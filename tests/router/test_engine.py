@@ -147,6 +147,29 @@ async def test_a_failed_step_ends_its_sequences_and_not_the_engine(tiny_checkpoi
         assert engine.progress().num_running == 0
 
 
+async def test_an_outage_ends_who_waits_and_sheds_who_comes(tiny_checkpoint: Path) -> None:
+    outage: list[str] = []
+    limits = SchedulerLimits(max_num_seqs=1, max_batched_tokens=64, num_blocks=32, max_waiting=8)
+    find_outage = lambda: outage[0] if outage else None  # noqa: E731
+    async with running(tiny_checkpoint, limits=limits, find_outage=find_outage) as (engine, dispatcher):
+        dispatcher.gate.clear()
+        dispatcher.error = ExpertsUnavailable("no replica of expert group g1")
+        sequences = [engine.submit(request(prompt)) for prompt in PROMPTS]
+        outage.append("g1 is away")
+        dispatcher.gate.set()
+        with pytest.raises(ExpertsUnavailable, match="no replica"):
+            await collect(sequences[0])
+        for waiting in sequences[1:]:
+            with pytest.raises(ExpertsUnavailable, match="g1 is away"):
+                await collect(waiting)
+        with pytest.raises(ExpertsUnavailable, match="g1 is away"):
+            engine.submit(request(PROMPTS[0]))
+        outage.clear()
+        dispatcher.error = None
+        assert len((await collect(engine.submit(request(PROMPTS[0])))).tokens) == 8
+        assert engine.progress().num_steps == 9
+
+
 async def test_progress_shows_a_step_that_does_not_end(tiny_checkpoint: Path) -> None:
     async with running(tiny_checkpoint) as (engine, dispatcher):
         dispatcher.gate.clear()

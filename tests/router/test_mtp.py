@@ -25,7 +25,7 @@ from router.mtp_drafter import MAX_KEPT_ROWS, MtpDrafter
 from router.penalties import LogitBias, Penalties
 from router.sampler import SamplingParams
 from router.scheduler import SchedulerLimits
-from router.sequence import FinishReason, SequenceOutput
+from router.sequence import FinishReason, GenerationRequest, SequenceOutput
 from router.trunk import Trunk
 from router.weights import load_trunk_weights
 from tests.random_checkpoint import write_random_checkpoint
@@ -229,6 +229,51 @@ async def test_chunks_and_reused_prefixes_change_nothing(checkpoint: Path, plain
         assert_same(await run_all(engine, build_requests()), plain)
         assert_same(await run_all(engine, build_requests()), plain)
         assert engine.progress().num_cached_tokens > 0
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+async def test_a_sequence_continued_on_another_router_goes_on_as_if_nothing_had_happened(
+    checkpoint: Path, depth: int
+) -> None:
+    """Wherever it is cut, and although the next router drafts on its own."""
+    sampling = replace(WARM, penalties=Penalties(1.2, 0.4, 0.3))
+    changes: dict[str, Any] = {"stop_token_ids": frozenset(range(0, 320, 31)), "min_tokens": 9}
+    asked = [replace(each, **changes) for each in build_requests(sampling, max_tokens=20)]
+    async with serving(checkpoint, None) as (engine, _):
+        whole = await run_all(engine, asked)
+    for num_sent in (1, 5, 8, 9):
+        remaining = [
+            continue_behind(each, token_ids(output)[:num_sent]) for each, output in zip(asked, whole, strict=True)
+        ]
+        answers = {
+            each.prompt_token_ids: token_ids(output)[num_sent:] for each, output in zip(remaining, whole, strict=True)
+        }
+        async with serving(checkpoint, FixedDepth(depth), answers=answers) as (engine, _):
+            rest = await run_all(engine, remaining)
+        assert_same(rest, [replace(output, tokens=output.tokens[num_sent:]) for output in whole])
+    assert {output.finish_reason for output in whole} == {FinishReason.STOP, FinishReason.LENGTH}
+
+
+@pytest.mark.skipif(load_cpu_kernel(torch.bfloat16) is None, reason="no native CPU kernel here")
+async def test_nor_does_that_change_a_bit_of_bf16(checkpoint: Path) -> None:
+    asked = build_requests(replace(WARM, penalties=Penalties(1.2, 0.4, 0.3)))
+    async with serving(checkpoint, FixedDepth(2), dtype=torch.bfloat16) as (engine, _):
+        whole = await run_all(engine, asked)
+    remaining = [continue_behind(each, token_ids(output)[:7]) for each, output in zip(asked, whole, strict=True)]
+    async with serving(checkpoint, FixedDepth(1), dtype=torch.bfloat16) as (engine, _):
+        rest = await run_all(engine, remaining)
+    assert rest == [replace(output, tokens=output.tokens[7:]) for output in whole]
+
+
+def continue_behind(asked: GenerationRequest, sent: list[int]) -> GenerationRequest:
+    """What the front asks of the next router when one is lost (router/api/continuation.py)."""
+    return replace(
+        asked,
+        prompt_token_ids=(*asked.prompt_token_ids, *sent),
+        num_answer_tokens=len(sent),
+        max_tokens=asked.max_tokens - len(sent),
+        min_tokens=max(0, asked.min_tokens - len(sent)),
+    )
 
 
 async def test_preemption_changes_nothing(checkpoint: Path) -> None:

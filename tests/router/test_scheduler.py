@@ -122,6 +122,20 @@ def test_lower_priority_values_go_first_and_then_who_came_first() -> None:
     assert order == [sequences[index] for index in (2, 1, 3, 0, 4)]
 
 
+def test_what_another_router_had_begun_goes_first_and_finds_no_queue_too_long() -> None:
+    scheduler = Scheduler(LIMITS)
+    new = [sequence(2, first_token=10 * number) for number in range(LIMITS.max_waiting)]
+    urgent = sequence(2, first_token=90, priority=-1, num_answer_tokens=1)
+    begun = sequence(3, first_token=80, num_answer_tokens=2)
+    for each in new:
+        scheduler.add(each)
+    with pytest.raises(QueueFull):
+        scheduler.add(sequence(2))
+    for each in (begun, urgent):
+        scheduler.add(each)
+    assert scheduler.waiting == [urgent, begun, *new]
+
+
 def test_a_policy_ranks_by_what_it_likes() -> None:
     class ShortestFirst:
         def rank(self, request: object, arrival: int) -> tuple[float, ...]:

@@ -51,13 +51,14 @@ def wait_status(
 
 def test_without_experts_a_request_waits_and_is_told_what_is_missing(tiny_checkpoint: Path) -> None:
     with serving(tiny_checkpoint, expert_wait_s=0.3) as stub:
-        for _ in range(2):  # the second one finds the engine alive
+        for _ in range(2):  # the second one finds the engine alive, and has nothing to wait for any more
             with pytest.raises(grpc.RpcError) as caught:
                 list(stub.Generate(generate_request(), timeout=DEADLINE_S))
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert "served by no expert group" in str(caught.value.details())
+            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert "no expert group" in str(caught.value.details())
         status = stub.Status(router_pb2.StatusRequest(), timeout=DEADLINE_S)
-        assert not status.ready and status.num_running == 0
+        assert not status.ready and status.num_running == 0 and status.unserved_ms >= 300
+        assert status.message.endswith("for 0 s now")
         assert status.message.startswith("no expert group hosts layer 1, expert 0")
 
 

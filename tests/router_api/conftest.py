@@ -90,7 +90,7 @@ def tokenizer(checkpoint: Path) -> TextTokenizer:
 def settings(checkpoint: Path) -> ApiSettings:
     return ApiSettings(
         checkpoint=checkpoint,
-        router_retry_s=1.0,
+        router_wait_s=1.0,
         body_timeout_s=1.0,
         status_timeout_s=0.5,
         max_body_bytes=64 * 1024,

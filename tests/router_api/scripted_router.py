@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +23,10 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
         self.requests: list[router_pb2.GenerateRequest] = []
         self.cancelled = threading.Event()
         self.status = router_pb2.StatusResponse(router_id="r0", ready=True, load_progress=1.0)
+        # Cleared: asked for its status, it says nothing, as a process that is stopped.
+        self.answers = threading.Event()
+        self.answers.set()
+        self.num_status_calls = 0
         self.script: Script = answer([])
         self._server = grpc.server(ThreadPoolExecutor(64))
         router_pb2_grpc.add_RouterServiceServicer_to_server(self, self._server)
@@ -34,6 +39,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
         self.requests = []
         self.cancelled = threading.Event()
         self.status = router_pb2.StatusResponse(router_id="r0", ready=True, load_progress=1.0)
+        self.answers.set()
         self.script = answer([])
 
     def stop(self) -> None:
@@ -56,6 +62,8 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
         finished.set()
 
     def Status(self, request: router_pb2.StatusRequest, context: grpc.ServicerContext) -> router_pb2.StatusResponse:
+        self.num_status_calls += 1
+        self.answers.wait(WAIT_S)
         return self.status
 
 
@@ -131,6 +139,33 @@ def fail(code: grpc.StatusCode, details: str = "scripted", *, after: Sequence[in
         for token_id in after:
             yield router_pb2.GenerateResponse(tokens=[token(token_id, request)])
         context.abort(code, details)
+
+    return play
+
+
+def think(*, vocabulary: range, lost_after: int | None = None) -> Script:
+    """Every token depends on all before it, on the seed, and on which of them are the answer's, so whoever goes on from
+    anything but the whole truth says something else. lost_after: the router is lost after so many tokens, before it can
+    say that they were the last."""
+
+    def play(
+        request: router_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[router_pb2.GenerateResponse]:
+        ids = list(request.prompt_token_ids)
+        start = len(ids) - request.num_answer_tokens
+        yield prompt_response(request)
+        for number in range(request.max_tokens):
+            if number == lost_after:
+                break
+            history = (*ids[:start], -1, *ids[start:], request.sampling.seed)
+            ids.append(vocabulary[zlib.crc32(repr(history).encode()) % len(vocabulary)])
+            response = router_pb2.GenerateResponse(tokens=[token(ids[-1], request)])
+            response.cached_tokens = 2 + request.num_answer_tokens
+            if number == request.max_tokens - 1 and lost_after is None:
+                response.finish_reason = router_pb2.FINISH_REASON_LENGTH
+            yield response
+        if lost_after is not None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "scripted")
 
     return play
 

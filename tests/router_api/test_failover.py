@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +28,7 @@ from tests.router_api.scripted_router import (
     fail,
     in_turn,
     prompt_response,
+    think,
     token,
 )
 
@@ -183,6 +186,61 @@ def test_prompt_logprobs_are_not_repeated_when_a_router_is_lost_among_them(clust
     assert logprobs["token_logprobs"].count(None) == 1
 
 
+NUM_TOKENS = 6
+ASKED: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": NUM_TOKENS, "seed": 3, "echo": True, "logprobs": 1, "n": 2}
+
+
+def complete(cluster: Cluster, *, stream: bool, **fields: Any) -> tuple[list[Any], Any]:
+    """(per choice: text, log probabilities, finish reason; usage), however it came."""
+    if not stream:
+        answered = cluster.post(**fields).json()
+        return [(one["text"], one["logprobs"], one["finish_reason"]) for one in answered["choices"]], answered["usage"]
+    answered = cluster.post(**fields, stream=True, stream_options={"include_usage": True})
+    lines = [line.removeprefix("data: ") for line in answered.text.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    choices: list[Any] = []
+    for index in range(fields["n"]):
+        parts = [one for chunk in chunks for one in chunk["choices"] if one["index"] == index]
+        logprobs: dict[str, list[Any]] = {}
+        for part in parts:
+            for name, values in (part["logprobs"] or {}).items():
+                logprobs.setdefault(name, []).extend(values)
+        (finish_reason,) = [one["finish_reason"] for one in parts if one["finish_reason"] is not None]
+        choices.append(("".join(one["text"] for one in parts), logprobs, finish_reason))
+    return choices, chunks[-1]["usage"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("lost_after", range(NUM_TOKENS + 1))
+def test_wherever_a_stream_is_cut_the_answer_is_the_same(
+    cluster: Cluster, tokenizer: TextTokenizer, lost_after: int, stream: bool
+) -> None:
+    """Also before the first token, and after the last one; both choices lose their router."""
+    first = tokenizer.encode_raw("a", add_special_tokens=False)[0]
+    whole = think(vocabulary=range(first, first + 26))
+    for router in cluster.routers:
+        router.script = whole
+    undisturbed = complete(cluster, stream=stream, **ASKED)
+    assert undisturbed[1]["completion_tokens"] == 2 * NUM_TOKENS
+    cut = think(vocabulary=range(first, first + 26), lost_after=lost_after)
+    for router in cluster.routers:
+        router.requests.clear()
+        router.script = in_turn(cut, whole)
+    assert complete(cluster, stream=stream, **ASKED) == undisturbed
+    assert sum(cluster.num_requests) == (2 if lost_after == NUM_TOKENS else 4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_across_the_loss_of_a_router(cluster: Cluster, tokenizer: TextTokenizer, stream: bool) -> None:
+    ids = [tokenizer.encode_raw(letter, add_special_tokens=False)[0] for letter in "one STOP two"]
+    script = in_turn(fail(grpc.StatusCode.UNAVAILABLE, after=ids[:6]), answer(ids[6:]))
+    for router in cluster.routers:
+        router.script = script
+    choices, _ = complete(cluster, stream=stream, max_tokens=40, stop="STOP", n=1)
+    assert [(text, finish_reason) for text, _, finish_reason in choices] == [("one ", "stop")]
+
+
 @pytest.mark.parametrize(("last", "finish_reason"), [(1, "stop"), (50, "length")])
 def test_a_router_lost_between_the_last_token_and_saying_so(cluster: Cluster, last: int, finish_reason: str) -> None:
     for router in cluster.routers:
@@ -241,6 +299,159 @@ def test_a_request_that_kills_routers_does_not_get_all_of_them(settings: ApiSett
         api.stop()
         for router in routers:
             router.stop()
+
+
+def events_of(answered: httpx.Response) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in answered.text.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_stream_waits_for_the_only_router_to_come_back(cluster: Cluster, tokenizer: TextTokenizer) -> None:
+    """On another address; meanwhile another router is there that has no room."""
+    ids = tokenizer.encode_raw("hello world", add_special_tokens=False)
+    lost, full = cluster.routers
+    cluster.endpoints.endpoints = [lost.endpoint]
+    sent = threading.Event()
+
+    def hang(request: router_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield router_pb2.GenerateResponse(tokens=[token(ids[0], request)])
+        sent.set()
+        ended = threading.Event()
+        if context.add_callback(ended.set):
+            ended.wait(WAIT_S)
+
+    lost.script, full.script = hang, fail(grpc.StatusCode.RESOURCE_EXHAUSTED)
+    results: list[httpx.Response] = []
+    worker = threading.Thread(target=lambda: results.append(cluster.post(prompt=[5], max_tokens=30, stream=True)))
+    worker.start()
+    assert sent.wait(WAIT_S)
+    lost.stop()
+    cluster.endpoints.endpoints = [full.endpoint]
+    wait_until(lambda: bool(full.requests))
+    replacement = ScriptedRouter()
+    replacement.script = answer(ids[1:], stop_id=1)
+    try:
+        cluster.endpoints.endpoints = [full.endpoint, replacement.endpoint]
+        worker.join(WAIT_S)
+        assert "".join(event["choices"][0]["text"] for event in events_of(results[0])) == "hello world"
+    finally:
+        replacement.stop()
+
+
+def test_a_stream_whose_router_stays_away_ends_in_one_error_event(cluster: Cluster) -> None:
+    script = in_turn(fail(grpc.StatusCode.UNAVAILABLE, after=[50]), fail(grpc.StatusCode.UNAVAILABLE))
+    for router in cluster.routers:
+        router.script = script
+    events = events_of(cluster.post(stream=True))
+    assert [("error" in event, "choices" in event) for event in events] == [(False, True), (True, False)]
+    assert events[-1]["error"]["type"] == "service_unavailable"
+
+
+def test_without_experts_requests_are_shed_at_once_by_every_router(cluster: Cluster) -> None:
+    for router in cluster.routers:
+        router.script = fail(grpc.StatusCode.FAILED_PRECONDITION)
+    started_s = time.monotonic()
+    answered = cluster.post()
+    assert (answered.status_code, answered.json()["error"]["code"]) == (503, "unavailable")
+    assert int(answered.headers["retry-after"]) > 0
+    assert cluster.num_requests == [1, 1]
+    assert time.monotonic() - started_s < 1.0  # router_wait_s
+
+
+def test_a_router_that_has_experts_serves_what_another_sheds(cluster: Cluster) -> None:
+    script = in_turn(fail(grpc.StatusCode.FAILED_PRECONDITION), answer([50]))
+    for router in cluster.routers:
+        router.script = script
+    assert cluster.post().status_code == 200
+
+
+@pytest.fixture
+def watchful(settings: ApiSettings) -> Iterator[Cluster]:
+    """A front that loses patience soon."""
+    cluster = Cluster(replace(settings, router_silence_s=0.05, router_dead_s=0.3))
+    yield cluster
+    for router in cluster.routers:
+        router.answers.set()
+    cluster.stop()
+
+
+def test_a_silent_router_loses_its_streams_and_gets_no_others(watchful: Cluster, tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode_raw("hello world", add_special_tokens=False)
+    silent, other = watchful.routers
+    watchful.endpoints.endpoints = [silent.endpoint]
+    silent.script = answer_forever(ids[:1])
+    other.script = answer(ids[1:], stop_id=1)
+    results: list[httpx.Response] = []
+    worker = threading.Thread(target=lambda: results.append(watchful.post(prompt=[5], max_tokens=30)))
+    worker.start()
+    wait_until(lambda: bool(silent.requests))
+    silent.answers.clear()
+    watchful.endpoints.endpoints.append(other.endpoint)
+    worker.join(WAIT_S)
+    assert results[0].json()["choices"][0]["text"] == "hello world"
+    assert silent.cancelled.wait(WAIT_S)
+    for _ in range(4):
+        assert watchful.post(prompt=[5]).status_code == 200
+    assert watchful.num_requests == [1, 5]
+    silent.script = answer([50])
+    silent.answers.set()
+    wait_until(lambda: watchful.post(prompt=[5]).status_code == 200 and len(silent.requests) > 1)
+
+
+def test_a_router_that_takes_its_time_keeps_its_stream(watchful: Cluster) -> None:
+    """A long prompt gives no token for long."""
+    release = threading.Event()
+
+    def ponder(request: router_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        release.wait(WAIT_S)
+        yield from answer([50])(request, context)
+
+    for router in watchful.routers:
+        router.script = ponder
+    results: list[httpx.Response] = []
+    worker = threading.Thread(target=lambda: results.append(watchful.post()))
+    worker.start()
+    wait_until(lambda: max(router.num_status_calls for router in watchful.routers) >= 5)
+    release.set()
+    worker.join(WAIT_S)
+    assert results[0].status_code == 200
+    assert sum(watchful.num_requests) == 1
+
+
+def test_a_router_whose_step_does_not_end_counts_as_silent(watchful: Cluster) -> None:
+    stuck, other = watchful.routers
+    watchful.endpoints.endpoints = [stuck.endpoint]
+    stuck.script = answer_forever([])
+    stuck.status.current_step_ms = 10**6
+    other.script = answer([50])
+    results: list[httpx.Response] = []
+    worker = threading.Thread(target=lambda: results.append(watchful.post()))
+    worker.start()
+    wait_until(lambda: stuck.num_status_calls > 0)
+    watchful.endpoints.endpoints.append(other.endpoint)
+    worker.join(WAIT_S)
+    assert results[0].status_code == 200
+
+
+def test_the_only_router_is_waited_for_while_it_is_silent_but_not_for_ever(watchful: Cluster) -> None:
+    silent, _ = watchful.routers
+    watchful.endpoints.endpoints = [silent.endpoint]
+    silent.script = answer_forever([])
+    silent.answers.clear()
+    started_s = time.monotonic()
+    answered = watchful.post()
+    assert answered.status_code == 503 and "retry-after" in answered.headers
+    assert time.monotonic() - started_s > 1.0  # router_wait_s
+    assert len(silent.requests) == 1
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    deadline_s = time.monotonic() + WAIT_S
+    while not reached():
+        assert time.monotonic() < deadline_s
+        pause.wait(0.01)
 
 
 async def test_a_router_that_leaves_while_it_is_asked_for_its_status_counts_as_silent(settings: ApiSettings) -> None:

@@ -117,7 +117,9 @@ def test_a_client_that_stops_reading(settings: ApiSettings, tokenizer: TextToken
 @pytest.fixture(scope="module")
 def talkative_api(settings: ApiSettings, shared_router: ScriptedRouter) -> Iterator[ApiServer]:
     """Fills silence at once."""
-    server = ApiServer(replace(settings, ping_interval_s=0.1), StaticEndpoints([shared_router.endpoint]))
+    server = ApiServer(
+        replace(settings, ping_interval_s=0.1, status_line_wait_s=0.1), StaticEndpoints([shared_router.endpoint])
+    )
     yield server
     server.stop()
 

@@ -1,0 +1,63 @@
+"""What one sequence has got so far, and what is left to ask of the next router. Pure: it knows no network and no clock.
+
+Tokens that a lost router sent become the end of the next one's prompt, which is told how many they are: to penalties
+they are the answer's, and the sampler's noise depends on seed and position only, so the sequence goes on as if nothing
+had happened.
+"""
+
+from __future__ import annotations
+
+from router.v1 import router_pb2
+
+
+class Continuation:
+    """One sequence over all routers that work on it."""
+
+    def __init__(self, request: router_pb2.GenerateRequest, eos_token_ids: frozenset[int]) -> None:
+        self._request = request
+        self._end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_token_ids)
+        self._token_ids: list[int] = []
+        self._num_prompt_tokens = 0
+        self._num_to_skip = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated so far."""
+        return len(self._token_ids)
+
+    def begin_attempt(self) -> router_pb2.GenerateRequest:
+        """The request for the next router: what goes on behind the tokens received."""
+        if not self._token_ids:
+            self._num_to_skip = self._num_prompt_tokens  # prompt tokens come again from the first on
+            return self._request
+        self._num_to_skip = 0
+        request = router_pb2.GenerateRequest()
+        request.CopyFrom(self._request)
+        request.prompt_token_ids.extend(self._token_ids)
+        request.num_answer_tokens = self.num_tokens
+        request.max_tokens -= self.num_tokens
+        request.min_tokens = max(0, request.min_tokens - self.num_tokens)
+        request.ClearField("prompt_logprobs")
+        return request
+
+    def note_(self, response: router_pb2.GenerateResponse) -> bool:
+        """Count response in, and make it one of the whole sequence, in place: without prompt tokens that an earlier
+        router has brought, and with a finish reason if its last token ends the sequence, whether or not the router
+        lives to say so. Returns whether it brings anything new."""
+        if self._num_to_skip > 0 and response.prompt_tokens:
+            num_dropped = min(self._num_to_skip, len(response.prompt_tokens))
+            self._num_to_skip -= num_dropped
+            del response.prompt_tokens[:num_dropped]
+        self._num_prompt_tokens += len(response.prompt_tokens)
+        self._token_ids.extend(token.token_id for token in response.tokens)
+        if response.tokens and response.finish_reason == router_pb2.FINISH_REASON_UNSPECIFIED:
+            self._finish_(response)
+        return bool(response.prompt_tokens or response.tokens)
+
+    def _finish_(self, response: router_pb2.GenerateResponse) -> None:
+        last = self._token_ids[-1]
+        if last in self._end_ids and self.num_tokens > self._request.min_tokens:
+            response.finish_reason = router_pb2.FINISH_REASON_STOP
+            response.stop_token_id = last
+        elif self.num_tokens >= self._request.max_tokens:
+            response.finish_reason = router_pb2.FINISH_REASON_LENGTH

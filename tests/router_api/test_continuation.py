@@ -1,0 +1,83 @@
+"""What one sequence has got so far, whichever routers it came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from router.api.continuation import Continuation
+from router.v1 import router_pb2
+
+EOS = 1
+
+
+def response(*token_ids: int, **fields: Any) -> router_pb2.GenerateResponse:
+    tokens = [router_pb2.TokenOutput(token_id=token_id) for token_id in token_ids]
+    return router_pb2.GenerateResponse(tokens=tokens, **fields)
+
+
+def begin(**fields: Any) -> Continuation:
+    request = router_pb2.GenerateRequest(**{"prompt_token_ids": [5, 6], "max_tokens": 8, **fields})
+    return Continuation(request, frozenset({EOS}))
+
+
+def test_what_is_left_to_ask() -> None:
+    sampling = router_pb2.SamplingParams(seed=3, frequency_penalty=1.0)
+    continuation = begin(min_tokens=4, prompt_logprobs=1, logprobs=2, stop_token_ids=[9], sampling=sampling)
+    assert continuation.begin_attempt().prompt_token_ids == [5, 6]
+    continuation.note_(response(50, 51))
+    continuation.note_(response(52))
+    again = continuation.begin_attempt()
+    assert again == router_pb2.GenerateRequest(
+        prompt_token_ids=[5, 6, 50, 51, 52],
+        num_answer_tokens=3,
+        max_tokens=5,
+        min_tokens=1,
+        logprobs=2,
+        stop_token_ids=[9],
+        sampling=sampling,
+    )
+    continuation.note_(response(53, 54))
+    assert continuation.begin_attempt().prompt_token_ids == [5, 6, 50, 51, 52, 53, 54]
+    assert (continuation.begin_attempt().min_tokens, continuation.begin_attempt().num_answer_tokens) == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "token_ids", "reason"),
+    [
+        ({}, [50, EOS], router_pb2.FINISH_REASON_STOP),
+        ({"stop_token_ids": [60]}, [50, 60], router_pb2.FINISH_REASON_STOP),
+        ({"max_tokens": 2}, [50, 51], router_pb2.FINISH_REASON_LENGTH),
+        ({"ignore_eos": True}, [50, EOS], router_pb2.FINISH_REASON_UNSPECIFIED),
+        ({"min_tokens": 2}, [50, EOS], router_pb2.FINISH_REASON_UNSPECIFIED),
+        ({"min_tokens": 1}, [50, EOS], router_pb2.FINISH_REASON_STOP),
+        ({}, [50, 51], router_pb2.FINISH_REASON_UNSPECIFIED),
+    ],
+    ids=["eos", "stop id", "length", "eos ignored", "too early", "early enough", "not yet"],
+)
+def test_the_last_token_ends_the_sequence_whether_or_not_the_router_says_so(
+    fields: dict[str, Any], token_ids: list[int], reason: int
+) -> None:
+    continuation = begin(**fields)
+    for token_id in token_ids[:-1]:
+        continuation.note_(response(token_id))
+    last = response(token_ids[-1])
+    continuation.note_(last)
+    assert last.finish_reason == reason
+    assert last.HasField("stop_token_id") is (reason == router_pb2.FINISH_REASON_STOP)
+
+
+def test_prompt_tokens_come_once() -> None:
+    continuation = begin(prompt_token_ids=[5, 6, 7], prompt_logprobs=0)
+    prompt = [router_pb2.TokenOutput(token_id=token_id) for token_id in (5, 6, 7)]
+    continuation.begin_attempt()
+    assert continuation.note_(response(prompt_tokens=prompt[:2]))
+    assert continuation.begin_attempt().HasField("prompt_logprobs")
+    repeated = response(prompt_tokens=prompt[:1])
+    assert not continuation.note_(repeated)
+    following = response(prompt_tokens=prompt[1:])
+    assert continuation.note_(following)
+    assert [token.token_id for token in following.prompt_tokens] == [7]
+    continuation.note_(response(50))
+    assert not continuation.begin_attempt().HasField("prompt_logprobs")
