@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ApiSettings:
     """What the front serves and the bounds it keeps. Bounds are refusals, never truncations."""
 

@@ -48,6 +48,27 @@ def test_it_announces_itself_serves_and_stops(
         process.communicate()
 
 
+@pytest.mark.parametrize("arguments", [["--router-wait-s", "0.2"], ["--router-dead-s", "1"]])
+def test_its_waits_are_set_by_the_command_line(checkpoint: Path, arguments: list[str]) -> None:
+    """The router that is named does not exist; with the default wait, a request is still held when it is asked."""
+    process = start("--checkpoint", str(checkpoint), "--router", "127.0.0.1:1", *arguments)
+    watchdog = threading.Timer(WAIT_S, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        body = {"model": MODEL, "prompt": "x"}
+        if "--router-wait-s" in arguments:
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT_S).status_code == 503
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/completions", json=body, timeout=1.0)
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+
+
 def test_a_folder_that_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     process = start("--checkpoint", str(tmp_path), "--router", "127.0.0.1:1")
     _, stderr = process.communicate(timeout=WAIT_S)
