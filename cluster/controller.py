@@ -469,24 +469,30 @@ class ControllerLoop:
 
 
 class _CallThread:
-    """Runs blocking calls one at a time, each with a deadline; while one hangs, further ones fail at once."""
+    """Runs blocking calls one at a time, each with a deadline; while one hangs, further ones fail at once.
+
+    The controller's turns and the admin API's requests call at the same time: they wait for each other.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._pending: asyncio.Future[Any] | None = None
+        self._turn = asyncio.Lock()
+        # A call that did not answer in time and still runs.
+        self._hanging: asyncio.Future[Any] | None = None
 
     async def call(self, function: Callable[[], T]) -> T:
         """Raises StoreUnavailable when there is no answer in time, or what function raises."""
-        if self._pending is not None and not self._pending.done():
-            raise StoreUnavailable(f"{self._name} still hangs in an earlier call")
-        future = asyncio.get_running_loop().run_in_executor(self._executor, function)
-        self._pending = future
-        done, _ = await asyncio.wait([future], timeout=RAY_CALL_TIMEOUT_S)
-        if not done:
-            future.add_done_callback(_discard_outcome)
-            raise StoreUnavailable(f"{self._name} did not answer within {RAY_CALL_TIMEOUT_S:.0f} s")
-        return future.result()
+        async with self._turn:
+            if self._hanging is not None and not self._hanging.done():
+                raise StoreUnavailable(f"{self._name} still hangs in an earlier call")
+            future = asyncio.get_running_loop().run_in_executor(self._executor, function)
+            done, _ = await asyncio.wait([future], timeout=RAY_CALL_TIMEOUT_S)
+            if not done:
+                self._hanging = future
+                future.add_done_callback(_discard_outcome)
+                raise StoreUnavailable(f"{self._name} did not answer within {RAY_CALL_TIMEOUT_S:.0f} s")
+            return future.result()
 
 
 def _discard_outcome(future: asyncio.Future[Any]) -> None:

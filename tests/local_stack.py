@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,10 @@ class ManagedProcess:
             try:
                 self._process.wait(timeout_s)
             except subprocess.TimeoutExpired:
+                self._process.send_signal(signal.SIGABRT)  # faulthandler writes where its threads are
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_TIMEOUT_S)
+                warnings.warn(f"a process did not end on SIGTERM: {self.stderr_tail(200)}", stacklevel=2)
                 self.kill()
         self._reader.join(STOP_TIMEOUT_S)
         return self._process.wait(STOP_TIMEOUT_S)
@@ -362,7 +367,8 @@ def _spawn(arguments: Sequence[str], stderr_path: Path) -> subprocess.Popen[str]
 
 def _child_environment() -> Mapping[str, str]:
     """One compute thread per process: a stack has more processes than the machine has cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **own, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @contextlib.contextmanager
