@@ -16,6 +16,8 @@ import torch
 from experts.errors import BadFrame, NotHosted, Overloaded
 from experts.expert_range import ExpertRange
 from experts.frame_transfer import PendingResult, make_frame_transfer
+from experts.kernels.expert_kernel import NativeKernel
+from experts.native_serving import FrameFunction, make_frame_function
 from experts.weights import ExpertWeights
 from experts.wire import MAX_MESSAGE_BYTES, ComputeFrame, WireFormat, compute_max_rows, compute_row_bytes
 
@@ -53,6 +55,14 @@ class ExpertGroup:
         """Most rows of one frame, in the widest wire dtype and reduced; frames for exact results hold fewer."""
         config = self._weights.config
         return compute_max_rows(config.hidden_size, config.num_experts_per_tok, WireFormat.FLOAT32, exact=False)
+
+    @property
+    def frame_function(self) -> FrameFunction | None:
+        """What check_frame and compute do for a frame in the dtype of the weights, as a C function, if there is one."""
+        weights = self._weights
+        if not isinstance(weights.kernel, NativeKernel):
+            return None
+        return make_frame_function(weights.kernel.kernel, weights.layers, weights.dtype)
 
     def check_frame(self, frame: ComputeFrame) -> None:
         """Raise NotHosted for a pair that is not ours and BadFrame for sizes that are not the model's."""

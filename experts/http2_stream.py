@@ -60,6 +60,16 @@ class _Unsent(NamedTuple):
     size: int
 
 
+class StreamState(NamedTuple):
+    """What a stream is between two messages: bytes that may be sent and received, and credit not given yet."""
+
+    send_window: int
+    send_connection_window: int
+    frame_size: int
+    receive_window: int
+    credit: int
+
+
 @dataclass(slots=True)
 class _Rest:
     """What is not yet framed of the message being sent."""
@@ -199,6 +209,39 @@ class MessageStream:
             self._grant(0)
             if not self._out:
                 self.flush()
+
+    def lend(self) -> StreamState | None:
+        """What somebody else needs to go on with this stream, until take_back(). None in the middle of something."""
+        if not self.is_idle or self._control or self._start != self._end or self._prefix or self._in_headers:
+            return None
+        if self._message is not None or self._frame_left or self._padding_left:
+            return None
+        return StreamState(
+            self._send_window, self._send_connection_window, self._frame_size, self._receive_window, self._credit
+        )
+
+    def take_back(self, state: StreamState, received: bytes, unsent: bytes, key: int) -> list[Buffer]:
+        """Go on from there. received: read, but not used. unsent: the end of what was sent, of the message key.
+
+        Returns the messages that are whole. Raises StreamEnded or OSError.
+        """
+        self._send_window, self._send_connection_window, self._frame_size, self._receive_window, self._credit = state
+        if unsent:
+            self._out = [unsent]
+            self._writing_key = key
+        messages: list[Buffer] = []
+        data = memoryview(received)
+        while data:
+            rest = bytes(self._scratch[self._start : self._end])
+            self._scratch[: len(rest)] = rest
+            count = min(len(data), _SCRATCH_BYTES - len(rest))
+            self._scratch[len(rest) : len(rest) + count] = data[:count]
+            self._start, self._end = 0, len(rest) + count
+            data = data[count:]
+            self._parse(messages)
+        if self._control and not self._out:
+            self.flush()
+        return messages
 
     def end(self, last: Sequence[bytes] = ()) -> None:
         """Write last where the socket takes it, and close."""

@@ -9,8 +9,9 @@ A frame costs one note_frame call, a few microseconds; a snapshot copies the cou
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ WINDOW_S = 10.0
 _NUM_SLOTS = 20
 # Expert popularity follows the topics of the requests, so it is counted over minutes.
 COUNT_WINDOW_S = 600.0
-_SLOT_S = WINDOW_S / _NUM_SLOTS
+SLOT_S = WINDOW_S / _NUM_SLOTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class LoadSnapshot:
 
 
 @dataclass(slots=True)
-class _Slot:
+class LoadSlot:
     """Sums over one part of the window; index is the part's number since time 0."""
 
     index: int
@@ -52,6 +53,13 @@ class _Slot:
     max_queue_s: float = 0.0
     num_frames: int = 0
     num_pairs: int = 0
+
+
+class LoadSums(NamedTuple):
+    """Counted elsewhere since it was last asked for. pairs: int64 [layer id, expert id], as far as they go."""
+
+    slots: Sequence[LoadSlot]
+    pairs: npt.NDArray[np.int64]
 
 
 class LoadMeter:
@@ -63,13 +71,18 @@ class LoadMeter:
         self._rows = {layer_id: row for row, layer_id in enumerate(self.layer_ids)}
         self._lock = threading.Lock()
         self._started_s = now_s
-        self._slots: list[_Slot] = []
+        self._slots: list[LoadSlot] = []
         self._busy_until_s = now_s
         # Counts of the current half of the count window and of the half before.
         self._pairs = np.zeros((len(self.layer_ids), n_routed_experts), dtype=np.int64)
         self._earlier_pairs = np.zeros_like(self._pairs)
         self._half_started_s = now_s
         self._earlier_half_s = 0.0
+        self._sources: list[Callable[[], LoadSums]] = []
+
+    def add_source(self, take_sums: Callable[[], LoadSums]) -> None:
+        """take_sums is called for every snapshot, from any thread."""
+        self._sources.append(take_sums)
 
     def note_frame(
         self,
@@ -101,9 +114,11 @@ class LoadMeter:
     def take_snapshot(self, now_s: float) -> LoadSnapshot:
         with self._lock:
             self._turn_half(now_s)
-            oldest = int(now_s / _SLOT_S) - _NUM_SLOTS + 1
+            for take_sums in self._sources:
+                self._add_sums(take_sums())
+            oldest = int(now_s / SLOT_S) - _NUM_SLOTS + 1
             slots = [slot for slot in self._slots if slot.index >= oldest]
-            window_s = min(now_s - oldest * _SLOT_S, now_s - self._started_s)
+            window_s = min(now_s - oldest * SLOT_S, now_s - self._started_s)
             num_frames = sum(slot.num_frames for slot in slots)
             return LoadSnapshot(
                 window_s=window_s,
@@ -116,11 +131,25 @@ class LoadMeter:
                 pairs=self._pairs + self._earlier_pairs,
             )
 
-    def _get_slot(self, now_s: float) -> _Slot:
+    def _add_sums(self, sums: LoadSums) -> None:
+        slots = {slot.index: slot for slot in self._slots}
+        for found in sums.slots:
+            slot = slots.setdefault(found.index, LoadSlot(found.index))
+            slot.busy_s += found.busy_s
+            slot.queue_s += found.queue_s
+            slot.max_queue_s = max(slot.max_queue_s, found.max_queue_s)
+            slot.num_frames += found.num_frames
+            slot.num_pairs += found.num_pairs
+        self._slots = [slots[index] for index in sorted(slots)][-_NUM_SLOTS:]
+        for layer_id, row in self._rows.items():
+            if layer_id < sums.pairs.shape[0]:
+                self._pairs[row, : sums.pairs.shape[1]] += sums.pairs[layer_id]
+
+    def _get_slot(self, now_s: float) -> LoadSlot:
         """The slot of this moment; an older moment than the last one's belongs to the last."""
-        index = int(now_s / _SLOT_S)
+        index = int(now_s / SLOT_S)
         if not self._slots or index > self._slots[-1].index:
-            self._slots.append(_Slot(index))
+            self._slots.append(LoadSlot(index))
             del self._slots[:-_NUM_SLOTS]
         return self._slots[-1]
 

@@ -17,9 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from experts.http2_stream import MessageStream, StreamEnded, make_server_opening, make_trailers
+from experts.native_link import NativeLink
+from experts.native_serving import NativeServing
 from experts.wire import MAX_MESSAGE_BYTES, Buffer
 
 logger = logging.getLogger(__name__)
+
+# After messages that were none for the native loop, so many turns go without it: the next ones may be like them.
+_TURNS_IN_PYTHON = 16
 
 # gRPC's status codes.
 UNAVAILABLE, RESOURCE_EXHAUSTED, INVALID_ARGUMENT = 14, 8, 3
@@ -46,6 +51,7 @@ class RouterStream:
         # Sizes of the messages that were answered, but whose answers are not sent: no credit for them yet, so that a
         # router that does not read its answers gets no more of them computed.
         self._owed: list[int] = []
+        self.link: NativeLink | None = None
 
     def answer(self, parts: Sequence[Buffer], received_bytes: int) -> None:
         """Send an answer to a message of received_bytes. Does nothing if the stream is over."""
@@ -82,12 +88,16 @@ class RouterStreams:
         serve: Callable[[Sequence[Received]], None],
         on_open: Callable[[], None],
         on_closed: Callable[[], None],
+        native: NativeServing | None = None,
     ) -> None:
         """All are called from the thread. serve answers messages; it raises nothing. on_open raises StreamBroken to
-        turn a stream away; on_closed is called when one ended that was not."""
+        turn a stream away; on_closed is called when one ended that was not.
+        native: serves for as long as nothing unusual happens."""
         self._serve = serve
         self._on_open = on_open
         self._on_closed = on_closed
+        self._native = native
+        self._turns_in_python = 0
         self._poll = select.epoll()
         self._streams: dict[int, RouterStream] = {}
         self._lock = threading.Lock()
@@ -132,7 +142,8 @@ class RouterStreams:
         try:
             while not self._is_closing:
                 received: list[Received] = []
-                ready = self._poll.poll()
+                served = self._serve_natively(received)
+                ready = self._poll.poll(0 if served else None)
                 for number, mask in ready:
                     if number == self._wake_in.fileno():
                         self._wake_in.recv(1024)
@@ -141,7 +152,7 @@ class RouterStreams:
                         self._look_at(stream, mask, received)
                 if received:
                     self._serve(received)
-                for number, _ in ready:
+                for number in {stream.number for stream in served}.union(number for number, _ in ready):
                     if (stream := self._streams.get(number)) is not None:
                         self._settle(stream)
         except Exception:
@@ -156,6 +167,34 @@ class RouterStreams:
             self._poll.close()
             self._wake_in.close()
             self._wake_out.close()
+
+    def _serve_natively(self, received: list[Received]) -> list[RouterStream]:
+        """Serve without the interpreter until something else is to be done. Returns the streams that took part."""
+        native = self._native
+        if native is None or self._turns_in_python:
+            self._turns_in_python = max(0, self._turns_in_python - 1)
+            return []
+        lent: list[tuple[RouterStream, NativeLink]] = []
+        for stream in self._streams.values():
+            if stream.mask == select.EPOLLIN and (state := stream.messages.lend()) is not None:
+                stream.link = stream.link or native.make_link()
+                stream.link.open(stream.number, state)
+                lent.append((stream, stream.link))
+        if not lent:
+            return []
+        native.serve(self._poll.fileno(), [link for _, link in lent])
+        now_s = time.monotonic()
+        for stream, link in lent:
+            try:
+                messages = link.close_into(stream.messages, key=0)
+            except (StreamEnded, OSError) as error:
+                logger.debug("stream ended: %s", error)
+                self._drop(stream)
+            else:
+                received += [Received(stream, data, now_s) for data in messages]
+        if received:
+            self._turns_in_python = _TURNS_IN_PYTHON
+        return [stream for stream, _ in lent]
 
     def _look_at(self, stream: RouterStream, mask: int, received: list[Received]) -> None:
         """Write and read what can be."""

@@ -27,6 +27,7 @@ from experts.front_door import FrontDoor
 from experts.group import ExpertGroup
 from experts.http2_stream import make_client_opening
 from experts.load_meter import load_to_proto, make_load_meter
+from experts.native_serving import make_native_serving
 from experts.router_streams import (
     INVALID_ARGUMENT,
     RESOURCE_EXHAUSTED,
@@ -93,8 +94,10 @@ class ExpertServer:
         host: str = "127.0.0.1",
         port: int = 0,
         max_streams: int = 64,
+        native: bool = True,
     ) -> None:
-        """port 0 takes a free one. max_streams: most streams open at once; a further call is refused."""
+        """port 0 takes a free one. max_streams: most streams open at once; a further call is refused. native: serve
+        usual frames without the interpreter, if the group can be computed so."""
         self._group = group
         self._identity = identity
         self._host = host
@@ -109,7 +112,8 @@ class ExpertServer:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="experts-grpc")
         self._health = health.HealthServicer(experimental_non_blocking=True)
         self._server = grpc.server(self._pool, options=_SERVER_OPTIONS, maximum_concurrent_rpcs=num_threads)
-        self._streams = RouterStreams(self._serve, self._enter_stream, self._leave_stream)
+        self._native = make_native_serving(group.frame_function, identity.incarnation, self._meter) if native else None
+        self._streams = RouterStreams(self._serve, self._enter_stream, self._leave_stream, self._native)
         self._door = FrontDoor(make_client_opening(COMPUTE_METHOD), self._streams.adopt)
 
     def start(self) -> str:
@@ -144,19 +148,25 @@ class ExpertServer:
         logger.info("draining replica_id=%s grace_s=%g", self._identity.replica_id, grace_s)
         with self._state:
             self._state.wait_for(lambda: self._num_streams == 0, timeout=grace_s)
-            self._is_draining = True
+            self._refuse_all()
 
     def stop(self, grace_s: float = 1.0) -> None:
         """Refuse new calls, let frames being computed finish for grace_s, then close everything."""
         self._health.enter_graceful_shutdown()
         with self._state:
-            self._is_draining = True
+            self._refuse_all()
         self._door.stop_listening()
         stopped = self._server.stop(grace_s)
         self._streams.close(grace_s)
         stopped.wait()
         self._door.close(_DOOR_TIMEOUT_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _refuse_all(self) -> None:
+        """Frames that come from now on are answered with DRAINING."""
+        self._is_draining = True
+        if self._native is not None:
+            self._native.disable()
 
     def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE_NAME):

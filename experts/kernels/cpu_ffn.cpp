@@ -15,6 +15,8 @@
 #include "cpu/pool.h"
 #include "cpu/rows.h"
 #include "cpu/row_sums.h"
+#include "cpu/scatter.h"
+#include "cpu/serve.h"
 
 // Each family's code is compiled for its own instructions, whatever the rest of the library is compiled for.
 #define SHOAL_SPACE portable
@@ -88,6 +90,31 @@ const RowKernels* find_rows(int family, int dtype) {
             return bf16 ? &portable::kBf16Rows : &portable::kFp32Rows;
         default:
             return nullptr;
+    }
+}
+
+// The packed experts of one layer, as shoal_expert_ffn takes them; num_slots is 0 where none is hosted.
+struct HostedLayer {
+    const Matrix *gate_up, *down;
+    const int32_t* slots;
+    int32_t num_experts, num_slots;
+};
+
+struct HostedLayers {
+    int32_t family, arithmetic, num_layers, reserved;
+    const HostedLayer* layers;  // [num_layers]
+};
+
+// As torch rounds.
+#if defined(__x86_64__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+void round_rows(const float* from, uint16_t* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, sizeof bits);
+        const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        to[i] = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
     }
 }
 
@@ -345,6 +372,86 @@ int32_t shoal_attend(const Layer* layer, const LayerStep* step) try {
     return kOk;
 } catch (const std::bad_alloc&) {
     return kNoMemory;
+}
+
+// A stream lent by http2_stream.py, until it is taken back.
+Link* shoal_link_new() { return new (std::nothrow) Link; }
+
+void shoal_link_free(Link* link) { delete link; }
+
+void shoal_link_open(Link* link, int32_t fd, const LinkState* state) { link->open(fd, *state); }
+
+// sizes: bytes read but not used, and bytes to be sent; where they lie.
+void shoal_link_close(Link* link, LinkState* state, int64_t* sizes, const void** addresses) {
+    *state = link->state;
+    sizes[0] = link->unused_bytes();
+    addresses[0] = link->unused();
+    sizes[1] = int64_t(link->out().size());
+    addresses[1] = link->out().data();
+}
+
+Server* shoal_server_new(const ServeOptions* options) try { return new Server(*options); } catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void shoal_server_free(Server* server) { delete server; }
+
+void shoal_server_enable(Server* server, int32_t enabled) { server->enabled = enabled != 0; }
+
+// Returns when something is to be done that only Python does.
+void shoal_serve(Server* server, int32_t epoll_fd, Link* const* links, int32_t num_links) try {
+    server->serve(epoll_fd, links, num_links);
+} catch (const std::bad_alloc&) {
+}
+
+int32_t shoal_take_load(Server* server, LoadSlot* slots, int32_t most, int64_t* pairs) {
+    return server->take_load(slots, most, pairs);
+}
+
+// A ComputeFrame with the packed experts of the layers.
+int32_t shoal_compute_frame(const HostedLayers* hosted, const Frame* frame, void* reply) try {
+    if (frame->layer_id >= hosted->num_layers) return kNotHosted;
+    const HostedLayer& layer = hosted->layers[frame->layer_id];
+    const int64_t items = int64_t(frame->exact ? frame->num_pairs : frame->num_rows) * frame->hidden_size;
+    const bool is_fp32 = frame->reply_dtype == int32_t(kWireFloat32);
+    static thread_local Buffer sums;
+    float* result = is_fp32 && reinterpret_cast<uintptr_t>(reply) % 64 == 0
+                        ? static_cast<float*>(reply)
+                        : reinterpret_cast<float*>(sums.reserve(size_t(items) * sizeof(float)));
+    const int32_t status = shoal_expert_ffn(
+        hosted->family, hosted->arithmetic, layer.gate_up, layer.down, layer.slots, layer.num_experts, layer.num_slots,
+        frame->hidden, frame->dtype == int32_t(kWireBfloat16) ? kBfloat16 : kFloat32, frame->num_rows,
+        frame->pair_rows, frame->pair_experts, frame->pair_weights, frame->num_pairs, frame->exact, result);
+    if (status != kOk) return status;
+    if (!is_fp32) round_rows(result, static_cast<uint16_t*>(reply), items);
+    else if (result != reply) std::memcpy(reply, result, size_t(items) * sizeof(float));
+    return kOk;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+Scatter* shoal_scatter_new() { return new (std::nothrow) Scatter; }
+
+void shoal_scatter_free(Scatter* scatter) { delete scatter; }
+
+int32_t shoal_scatter(Scatter* scatter, const ScatterRequest* request) try {
+    return scatter->send(*request);
+} catch (const std::bad_alloc&) {
+    return kLeftToPython;
+}
+
+int32_t shoal_gather(Scatter* scatter, int32_t timeout_us, float* total) try {
+    return scatter->gather(timeout_us, total);
+} catch (const std::bad_alloc&) {
+    return kLeftToPython;
+}
+
+// rows[group]: rows in its frame. answers[group]: where its answer lies, null if it is missing.
+void shoal_scatter_look(const Scatter* scatter, int32_t num_groups, int32_t* rows, const void** answers) {
+    for (int group = 0; group < num_groups; ++group) {
+        rows[group] = scatter->num_rows(group);
+        answers[group] = rows[group] && !scatter->is_missing(group) ? scatter->answer(group) : nullptr;
+    }
 }
 
 }  // extern "C"

@@ -452,6 +452,24 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         *(integer, integer, address, address, address, ctypes.c_int64, ctypes.c_int64, address),
     )
     library.shoal_add_rows.restype = None
+    for name in ("shoal_link_new", "shoal_server_new", "shoal_scatter_new"):
+        getattr(library, name).restype = address
+    for name in (
+        *("shoal_link_free", "shoal_link_open", "shoal_link_close", "shoal_server_free", "shoal_server_enable"),
+        *("shoal_serve", "shoal_scatter_free", "shoal_scatter_look"),
+    ):
+        getattr(library, name).restype = None
+    library.shoal_link_new.argtypes = library.shoal_scatter_new.argtypes = ()
+    library.shoal_link_free.argtypes = library.shoal_server_free.argtypes = (address,)
+    library.shoal_scatter_free.argtypes = library.shoal_server_new.argtypes = (address,)
+    library.shoal_link_open.argtypes = (address, integer, address)
+    library.shoal_link_close.argtypes = (address, address, address, address)
+    library.shoal_server_enable.argtypes = (address, integer)
+    library.shoal_serve.argtypes = (address, integer, address, integer)
+    library.shoal_take_load.argtypes = (address, address, integer, address)
+    library.shoal_scatter.argtypes = (address, address)
+    library.shoal_gather.argtypes = (address, integer, address)
+    library.shoal_scatter_look.argtypes = (address, integer, address, address)
     return library
 
 

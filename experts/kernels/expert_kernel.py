@@ -133,12 +133,12 @@ class NativeKernel:
     """kernels.cpu_ffn: rows do not depend on their neighbours, nor on the number of threads."""
 
     def __init__(self, kernel: cpu_ffn.CpuKernel) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self.device = CPU
 
     @property
     def numerics_id(self) -> str:
-        return self._kernel.numerics_id
+        return self.kernel.numerics_id
 
     def count_bytes(self, num_experts: int, hidden_size: int, inner: int, weight_dtype: torch.dtype) -> int:
         gate_up = cpu_ffn.packed_size((inner, hidden_size), weight_dtype, paired=True)
@@ -153,7 +153,7 @@ class NativeKernel:
     def pack_expert(
         self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight, room: cpu_ffn.WeightArena
     ) -> cpu_ffn.PackedExpert:
-        return self._kernel.pack_expert(gate, up, down, room)
+        return self.kernel.pack_expert(gate, up, down, room)
 
     def build_layer(self, experts: Mapping[int, cpu_ffn.PackedExpert]) -> cpu_ffn.PackedLayer:
         return cpu_ffn.PackedLayer(experts)
@@ -168,7 +168,7 @@ class NativeKernel:
         *,
         exact: bool,
     ) -> torch.Tensor:
-        return self._kernel.expert_ffn(hidden_states, pair_rows, pair_experts, pair_weights, layer, exact=exact)
+        return self.kernel.expert_ffn(hidden_states, pair_rows, pair_experts, pair_weights, layer, exact=exact)
 
 
 class TorchKernel:

@@ -42,6 +42,10 @@ class GatedGroup(ExpertGroup):
         self.gate.set()
         self.failure: Exception | None = None
 
+    @property
+    def frame_function(self) -> None:
+        return None
+
     def compute(self, frame: ComputeFrame) -> torch.Tensor:
         self.entered.release()
         assert self.gate.wait(TIMEOUT_S)
@@ -94,8 +98,13 @@ class RouterClient:
 
     def receive(self) -> ComputeReply:
         while not self._received:
-            assert select.select([self._stream], [], [], TIMEOUT_S)[0]
-            self._received += self._stream.receive()
+            writing = [self._stream] if self._stream.wants_write else []
+            readable, writable, _ = select.select([self._stream], writing, [], TIMEOUT_S)
+            assert readable or writable
+            if writable:
+                self._stream.flush()
+            if readable:
+                self._received += self._stream.receive()
         return wire.decode_response(self._received.pop(0))
 
     def ask(self, **overrides: Any) -> ComputeReply:

@@ -29,6 +29,10 @@ class RecordingGroup(ExpertGroup):
 
     frames: list[ComputeFrame]
 
+    @property
+    def frame_function(self) -> None:
+        return None
+
     def compute(self, frame: ComputeFrame) -> torch.Tensor:
         self.frames.append(frame)
         return super().compute(frame)

@@ -55,7 +55,7 @@ class FaultyExpertServer(ExpertServer):
     slow_s = 1.0
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
+        super().__init__(*arguments, native=False, **keywords)
         self.fault: Fault | None = None
         self.num_faults = 0
         self.num_frames = 0
