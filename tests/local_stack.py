@@ -303,9 +303,10 @@ def extra_router(stack: LocalStack, options: StackOptions | None = None) -> Iter
 
 
 @contextlib.contextmanager
-def extra_api(stack: LocalStack, router_ports: Sequence[int]) -> Iterator[str]:
-    """An HTTP front for these routers, ready. Yields its URL."""
-    process = ManagedProcess("extra-api", api_arguments(stack.checkpoint, router_ports, port=0), stack.log_folder)
+def extra_api(stack: LocalStack, router_ports: Sequence[int], arguments: Sequence[str] = ()) -> Iterator[str]:
+    """An HTTP front for these routers, ready. arguments: for it, further ones. Yields its URL."""
+    arguments = [*api_arguments(stack.checkpoint, router_ports, port=0), *arguments]
+    process = ManagedProcess("extra-api", arguments, stack.log_folder)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         url: str = process.wait_ready(deadline)["url"]
