@@ -182,7 +182,7 @@ class Engine:
     async def _step(self, chunks: list[ScheduledChunk]) -> None:
         batch = build_step_batch([_span_of(chunk) for chunk in chunks])
         hidden_states = await self._micro_batches.forward(batch)
-        self._hand_out_prompt_logprobs(chunks, batch, hidden_states)
+        await self._hand_out_prompt_logprobs(chunks, batch, hidden_states)
         sampled = self._sample(chunks, batch, hidden_states)
         going_on: list[tuple[Sequence, Segment]] = []
         for chunk, segment in zip(chunks, batch.segments, strict=True):
@@ -309,7 +309,9 @@ class Engine:
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             self._finish(sequence, error)
 
-    def _hand_out_prompt_logprobs(self, chunks: list[ScheduledChunk], batch: StepBatch, hidden_states: Tensor) -> None:
+    async def _hand_out_prompt_logprobs(
+        self, chunks: list[ScheduledChunk], batch: StepBatch, hidden_states: Tensor
+    ) -> None:
         """Row p of a prompt gives the log-probability of prompt token p + 1; the first token has none."""
         for chunk, segment in zip(chunks, batch.segments, strict=True):
             sequence = chunk.sequence
@@ -327,6 +329,7 @@ class Engine:
                 following = sequence.token_ids[start + 1 : stop + 1]
                 rows = compute_logprobs(logits, torch.tensor(following), [num_top] * len(following))
                 tokens.extend(GeneratedToken(token_id, row) for token_id, row in zip(following, rows, strict=True))
+                await asyncio.sleep(0)  # seconds of work for a long prompt: somebody may ask for a sign of life
             if tokens:
                 sequence.num_prompt_tokens_sent += len(tokens)
                 sequence.outputs.put_nowait(SequenceOutput(prompt_tokens=tuple(tokens)))

@@ -152,7 +152,8 @@ class RouterLink:
             if is_task_cancelled():
                 raise
             return True  # its channel was closed, which ends the streams too
-        return status.current_step_ms <= self._settings.max_step_s * 1000
+        # A step that waits for experts ends by itself, after the router's own expert_wait_s.
+        return status.unserved_ms > 0 or status.current_step_ms <= self._settings.max_step_s * 1000
 
 
 class _Stream:

@@ -70,6 +70,27 @@ async def test_prompt_logprobs_agree_with_the_logprobs_of_generated_tokens(tiny_
         assert decoded.logprobs.logprob == pytest.approx(judged.logprobs.logprob, abs=LOGPROB_BY_DTYPE["float32"])
 
 
+async def test_the_loop_turns_while_prompt_logprobs_are_computed(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks the router for its status must not wait for a whole prompt."""
+    monkeypatch.setattr("router.engine.LOGITS_ROWS", 1)
+    num_turns = 0
+
+    async def count_turns() -> None:
+        nonlocal num_turns
+        while True:
+            num_turns += 1
+            await asyncio.sleep(0)
+
+    async with running(tiny_checkpoint) as (engine, _):
+        counting = asyncio.create_task(count_turns())
+        judged = await collect(engine.submit(request([0] * 100, 0, prompt_logprobs=0)))
+        counting.cancel()
+        assert engine.progress().num_steps == 1
+    assert len(judged.prompt_tokens) == 100 and num_turns >= 99
+
+
 async def test_a_request_joins_while_another_runs_and_a_cancelled_one_leaves(tiny_checkpoint: Path) -> None:
     async with running(tiny_checkpoint) as (engine, _):
         long = engine.submit(request(PROMPTS[0], 200))

@@ -399,8 +399,14 @@ def test_a_silent_router_loses_its_streams_and_gets_no_others(watchful: Cluster,
     wait_until(lambda: watchful.post(prompt=[5]).status_code == 200 and len(silent.requests) > 1)
 
 
-def test_a_router_that_takes_its_time_keeps_its_stream(watchful: Cluster) -> None:
-    """A long prompt gives no token for long."""
+@pytest.mark.parametrize(
+    "status",
+    [{"current_step_ms": 59_000}, {"current_step_ms": 10**6, "unserved_ms": 10}],
+    ids=["long prompt", "waits for experts"],
+)
+def test_a_router_that_takes_its_time_keeps_its_stream(watchful: Cluster, status: dict[str, int]) -> None:
+    for router in watchful.routers:
+        router.status = router_pb2.StatusResponse(router_id="r0", ready=True, **status)  # pyright: ignore[reportArgumentType]
     release = threading.Event()
 
     def ponder(request: router_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Any]:
