@@ -52,6 +52,9 @@ START_TIMEOUT_S = 30.0
 STOP_GRACE_S = 2.0
 # Share of the memory that is free after loading which sequences may fill with their latent cache.
 CACHE_MEMORY_SHARE = 0.5
+# Of expert_wait_s, after which experts count as gone: the step that was under way when they were lost has waited a
+# little longer for them than they have been away, and nobody else should wait when it gives up.
+OUTAGE_SHARE = 0.9
 # Of a card, left free for a step. 2,048 tokens of DeepSeek-V3 take most in attention: projected queries 0.1 GB,
 # absorbed ones 0.3, latents 0.3, a run's rows and scores 0.4 (cuda_attention.RUN_BYTES); then waste.
 CARD_WORKING_BYTES = 1_500_000_000
@@ -345,7 +348,7 @@ class RouterServer:
         """What no request may wait for any more: experts that have been away for expert_wait_s. While the weights were
         being loaded, nobody waited for them."""
         away_s = min(self.pool.unserved_s, time.monotonic() - self._engine_made_at)
-        if away_s <= self._config.expert_wait_s:
+        if away_s < OUTAGE_SHARE * self._config.expert_wait_s:
             return None
         return f"{self.pool.unserved()}, for {away_s:.0f} s now"
 

@@ -141,13 +141,14 @@ class RouterClient:
     async def _pick(self, request: router_pb2.GenerateRequest, tried: set[str]) -> RouterLink | None:
         """The router that suits request best among those not tried; None if all were."""
         now_s = asyncio.get_running_loop().time()
-        if tried or not self._routers or self._refreshed_at_s is None:
-            await self._refresh()
-        elif now_s - self._refreshed_at_s > _REFRESH_INTERVAL_S:
+        if tried or self._refreshed_at_s is None or now_s - self._refreshed_at_s > _REFRESH_INTERVAL_S:
             self._start_refresh()
         candidates = [router for router in self._routers.values() if router.endpoint not in tried]
         if not candidates:
-            return None
+            await self._refresh()
+            candidates = [router for router in self._routers.values() if router.endpoint not in tried]
+            if not candidates:
+                return None
         if len(self._routers) == 1:
             return candidates[0]
         # A lost one may stay in the address list for a while; it must not cost every request an attempt.

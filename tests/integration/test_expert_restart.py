@@ -10,7 +10,7 @@ import torch
 
 from experts.wire import WireFormat
 from router.server import RouterConfig, RouterServer
-from router.v1 import router_pb2_grpc
+from router.v1 import router_pb2, router_pb2_grpc
 from tests.integration.router_client import CALL_TIMEOUT_S, build_request, generate
 from tests.local_stack import HOST, START_TIMEOUT_S, LocalStack, StackOptions, local_stack, wait_until_ready
 
@@ -50,14 +50,16 @@ def test_a_stream_survives_the_death_of_an_expert_process(fragile_stack: LocalSt
 
 
 def test_a_request_is_answered_in_time_when_a_group_stays_away(fragile_stack: LocalStack) -> None:
-    """FAILED_PRECONDITION after expert_wait_s; the same router serves again once the group is back."""
+    """Who was under way or waits gets FAILED_PRECONDITION after expert_wait_s, who comes then at once; the same router
+    serves again once the group is back."""
     server = RouterServer(
         RouterConfig(
             checkpoint=str(fragile_stack.checkpoint),
             host=HOST,
             dtype=torch.float32,
             wire_format=WireFormat.FLOAT32,
-            expert_wait_s=0.5,
+            expert_wait_s=1.0,
+            max_num_seqs=1,
             expert_endpoints=tuple(f"{HOST}:{port}" for port in fragile_stack.expert_ports),
             num_threads=1,
         )
@@ -68,15 +70,34 @@ def test_a_request_is_answered_in_time_when_a_group_stays_away(fragile_stack: Lo
         with grpc.insecure_channel(endpoint) as channel:
             wait_until_ready(channel, time.monotonic() + START_TIMEOUT_S)
             before = generate(channel, PROMPT, 8)
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            running = stub.Generate(build_request(PROMPT, 4000), timeout=CALL_TIMEOUT_S)
+            next(running)
+            waiting = stub.Generate(build_request(PROMPT, 8), timeout=CALL_TIMEOUT_S)
+            deadline = time.monotonic() + CALL_TIMEOUT_S
+            while _fetch_status(channel).num_waiting == 0:
+                assert time.monotonic() < deadline
             fragile_stack.experts[1].kill()
 
+            for stream in (running, waiting):
+                with pytest.raises(grpc.RpcError) as refused:
+                    list(stream)
+                assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+                assert "g1" in (refused.value.details() or "")
+            assert (refused.value.details() or "").endswith(" s now")  # it had no step of its own to wait in
+            given_up = _fetch_status(channel)
+            assert given_up.message.endswith("now") and given_up.unserved_ms > 900
             with pytest.raises(grpc.RpcError) as refused:
                 generate(channel, PROMPT, 8)
             assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-            assert "g1" in (refused.value.details() or "")
+            assert _fetch_status(channel).num_steps == given_up.num_steps
 
             fragile_stack.restart_expert(1).wait_ready(time.monotonic() + START_TIMEOUT_S)
             wait_until_ready(channel, time.monotonic() + START_TIMEOUT_S)
             assert generate(channel, PROMPT, 8) == before
     finally:
         server.stop()
+
+
+def _fetch_status(channel: grpc.Channel) -> router_pb2.StatusResponse:
+    return router_pb2_grpc.RouterServiceStub(channel).Status(router_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S)

@@ -41,8 +41,11 @@ class ChangingEndpoints:
     def __init__(self, endpoints: Sequence[str]) -> None:
         self.endpoints = list(endpoints)
         self.is_broken = False
+        self.is_hanging = False
 
     async def get(self) -> Sequence[str]:
+        if self.is_hanging:
+            await asyncio.sleep(2 * WAIT_S)
         if self.is_broken:
             raise RuntimeError("the directory is gone")
         return self.endpoints
@@ -150,6 +153,19 @@ def test_known_routers_serve_while_the_directory_is_gone(cluster: Cluster) -> No
     for router in cluster.routers:
         router.script = in_turn(fail(grpc.StatusCode.UNAVAILABLE), answer([50]))
     assert cluster.post().status_code == 200
+
+
+def test_a_directory_that_does_not_answer_delays_nobody(settings: ApiSettings) -> None:
+    cluster = Cluster(replace(settings, status_timeout_s=2 * WAIT_S))
+    try:
+        assert cluster.post().status_code == 200
+        cluster.endpoints.is_hanging = True
+        script = in_turn(fail(grpc.StatusCode.UNAVAILABLE, after=[50]), answer([51]))
+        for router in cluster.routers:
+            router.script = script
+        assert cluster.post().status_code == 200  # within the time that the client allows
+    finally:
+        cluster.stop()
 
 
 def test_a_lost_stream_goes_on_elsewhere(cluster: Cluster, tokenizer: TextTokenizer) -> None:
