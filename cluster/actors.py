@@ -93,6 +93,7 @@ class Router:
             import torch
 
             from experts.wire import WireFormat
+            from router.heartbeat import HeartbeatOptions
             from router.server import RouterConfig, RouterServer
 
             self._server = RouterServer(
@@ -109,6 +110,8 @@ class Router:
                     kv_cache_tokens=spec.router.kv_cache_tokens,
                     speculative_tokens=spec.router.speculative_tokens,
                     expert_wait_s=spec.router.expert_wait_s,
+                    heartbeats=HeartbeatOptions(spec.router.heartbeat_s, spec.router.missed_heartbeats),
+                    numerics=spec.router.numerics,
                     num_threads=spec.router.num_threads,
                     device=_get_device_setting(spec),
                 )

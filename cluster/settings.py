@@ -126,6 +126,17 @@ class ServeSettings(BaseModel):
     router_wait_s: Annotated[float, Field(gt=0, le=3600)] = Field(
         30.0, description="seconds a request waits for a router while there is none, or its own was lost, then 503"
     )
+    heartbeat_s: Annotated[float, Field(ge=0.02, le=60)] = Field(
+        0.2, description="seconds between two heartbeats of an expert group replica"
+    )
+    missed_heartbeats: Annotated[int, Field(ge=1, le=100)] = Field(
+        3, description="unanswered heartbeats in a row after which a replica counts as dead"
+    )
+    numerics: Literal["sticky", "uniform", "mixed"] = Field(
+        "sticky",
+        description="replicas that compute otherwise than their group's first in the last bits; sticky: only when no "
+        "other is left, uniform: never, mixed: always, each by its speed",
+    )
     expert_threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads of one expert group replica; None: the cores divided by the replicas"
     )

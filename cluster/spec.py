@@ -43,6 +43,9 @@ class RouterSpec:
     expert_wait_s: float
     num_threads: int
     kv_cache_tokens: int | None = None
+    heartbeat_s: float = 0.2
+    missed_heartbeats: int = 3
+    numerics: Literal["sticky", "uniform", "mixed"] = "sticky"
 
 
 @dataclass(frozen=True, slots=True)

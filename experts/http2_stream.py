@@ -146,6 +146,17 @@ class MessageStream:
                 return True
         return self._writing_key != key
 
+    def is_waiting(self, key: int) -> bool:
+        """Whether nothing of a message went out yet."""
+        return any(unsent.key == key for unsent in self._waiting)
+
+    def detach(self, key: int) -> None:
+        """Copy what did not go out yet of a message that is being written, so that its parts may change."""
+        if self._writing_key == key:
+            self._out = [bytes(part) for part in self._out]
+            if self._rest is not None:
+                self._rest.parts = [memoryview(bytes(part)) for part in self._rest.parts]
+
     def flush(self) -> None:
         """Write what can be written. Raises OSError if the connection is broken."""
         while True:

@@ -18,6 +18,7 @@ import torch
 
 from experts.errors import ExpertsError
 from experts.wire import WireFormat
+from router.heartbeat import HeartbeatOptions
 from router.overlap_policy import parse_micro_batches
 from router.server import RouterConfig, RouterServer
 
@@ -61,6 +62,14 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         help="most tokens to draft per step with the MTP layer; 0: none; default: as many as pay",
     )
     parser.add_argument("--expert-wait-s", type=float, default=30.0, help="seconds to wait for a lost expert group")
+    parser.add_argument("--heartbeat-s", type=float, default=0.2, help="seconds between two heartbeats of a replica")
+    parser.add_argument("--missed-heartbeats", type=int, default=3, help="in a row: the replica is dead")
+    parser.add_argument(
+        "--numerics",
+        choices=["sticky", "uniform", "mixed"],
+        default="sticky",
+        help="replicas of a group with other arithmetic: used when no other is left, never, or always",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX; auto: the first card if any")
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: all cores")
     parser.add_argument("--drain-timeout-s", type=float, default=30.0)
@@ -81,6 +90,8 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         kv_cache_tokens=options.kv_cache_tokens,
         speculative_tokens=options.speculative_tokens,
         expert_wait_s=options.expert_wait_s,
+        heartbeats=HeartbeatOptions(options.heartbeat_s, options.missed_heartbeats),
+        numerics=options.numerics,
         num_threads=options.threads,
         device=options.device,
         expert_endpoints=tuple(options.expert),

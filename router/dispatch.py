@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,9 +21,12 @@ from torch import Tensor
 
 from experts.activation_quantization import QuantizedRows, quantize_rows
 from experts.wire import Buffer, ComputeReply, ComputeStatus, WireFormat, compute_max_rows, encode_request_parts
+from router.dispatch_counters import DispatchCounters
 from router.dispatch_plan import GroupFrame, plan_frames, split_frame
 from router.errors import (
+    BadReply,
     CallTimeout,
+    ConnectionLost,
     ExpertsUnavailable,
     FrameRefused,
     ReplicaError,
@@ -32,12 +36,18 @@ from router.errors import (
 )
 from router.expert_connection import FIRST_RETRY_S, LAST_RETRY_S, ExpertConnection
 from router.expert_pool import ExpertPool
+from router.reply_times import get_size_class
 from router.row_sums import Answer, add_answers
 
 CombineMode = Literal["reduced", "exact"]
 
 # Of an attempt that starts just before the deadline of its layer: less would only waste the replica's work.
 LEAST_TIMEOUT_S = 1.0
+# Copies of frames, for stragglers or to measure a replica: at most this share of all frames, saved up to so many.
+HEDGE_SHARE = 0.1
+MAX_SAVED_HEDGES = 16.0
+# A reply is never late before this: what the event loop and the scheduler of the machine add varies by as much.
+LEAST_HEDGE_S = 0.002
 
 ReplyOrError = ComputeReply | ReplicaError
 
@@ -53,25 +63,15 @@ class DispatchOptions:
     expert_wait_s: float
 
 
-@dataclass
-class DispatchCounters:
-    """Since start."""
-
-    num_frames: int = 0
-    num_retries: int = 0
-    num_replans: int = 0
-    errors: dict[str, int] = field(default_factory=dict[str, int])
-
-    def count_error(self, error: ReplicaError) -> None:
-        name = type(error).__name__
-        self.errors[name] = self.errors.get(name, 0) + 1
-
-
 class PostedFrame(NamedTuple):
-    """A frame on its way."""
+    """A frame on its way. sent_s, hedge_s, deadline_s: of the event loop's clock; hedge_s: from when on another replica
+    shall be asked as well; None: never."""
 
     connection: ExpertConnection
     frame_id: int
+    sent_s: float
+    hedge_s: float | None
+    deadline_s: float
 
 
 class Dispatcher:
@@ -80,7 +80,7 @@ class Dispatcher:
     def __init__(self, pool: ExpertPool, options: DispatchOptions) -> None:
         self._pool = pool
         self._options = options
-        self.counters = DispatchCounters()
+        self._saved_hedges = MAX_SAVED_HEDGES
 
     async def scatter(
         self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -119,18 +119,96 @@ class Dispatcher:
         )
         return [part for frame in frames for part in split_frame(frame, max_rows)]
 
+    @property
+    def counters(self) -> DispatchCounters:
+        return self._pool.counters
+
     def post(
-        self, layer: _Layer, frame: GroupFrame, group_name: str, on_done: Callable[[PostedFrame, ReplyOrError], None]
+        self,
+        layer: _Layer,
+        frame: GroupFrame,
+        group_name: str,
+        on_done: Callable[[PostedFrame, ReplyOrError], None],
+        avoid: Sequence[ExpertConnection] = (),
     ) -> PostedFrame | None:
-        """Send a frame to the replica with the least to do. None if no replica of the group is connected."""
-        connection = self._pool.pick(group_name)
+        """Send a frame to the replica that will be done with it first. None if no replica of the group is connected,
+        other than those to avoid."""
+        size_class = get_size_class(len(frame.pair_rows))
+        while True:
+            connection = self._pool.pick(group_name, size_class, avoid)
+            if connection is None:
+                return None
+            try:
+                return self._post_to(connection, layer, frame, group_name, on_done)
+            except ConnectionLost:  # it is not ready any more, so another is picked
+                continue
+
+    def post_copy(
+        self,
+        layer: _Layer,
+        frame: GroupFrame,
+        group_name: str,
+        on_done: Callable[[PostedFrame, ReplyOrError], None],
+        first: PostedFrame,
+    ) -> PostedFrame | None:
+        """Send a late frame to another replica as well. None if there is none, or the budget is spent."""
+        if self._saved_hedges < 1:
+            return None
+        copy = self.post(layer, frame, group_name, on_done, [first.connection])
+        if copy is not None:
+            self._saved_hedges -= 1
+            self.counters.num_hedges += 1
+        return copy
+
+    def measure(
+        self,
+        layer: _Layer,
+        frame: GroupFrame,
+        group_name: str,
+        on_done: Callable[[PostedFrame, ReplyOrError], None],
+        first: PostedFrame,
+    ) -> PostedFrame | None:
+        """Send a copy to a replica that was too slow to get any and may have recovered, if there is one."""
+        if self._saved_hedges < 1:
+            return None
+        size_class = get_size_class(len(frame.pair_rows))
+        connection = self._pool.pick_unmeasured(group_name, size_class, first.connection)
         if connection is None:
             return None
+        self._saved_hedges -= 1
+        self.counters.num_probes += 1
+        return self._post_to(connection, layer, frame, group_name, on_done)
+
+    def _post_to(
+        self,
+        connection: ExpertConnection,
+        layer: _Layer,
+        frame: GroupFrame,
+        group_name: str,
+        on_done: Callable[[PostedFrame, ReplyOrError], None],
+    ) -> PostedFrame:
+        """Raises ConnectionLost."""
         self.counters.num_frames += 1
-        posted = PostedFrame(connection, connection.next_frame_id())
-        data = self._encode(connection, posted.frame_id, layer, frame, self.first_timeout_s(layer))
-        connection.post(posted.frame_id, data, lambda outcome: on_done(posted, outcome))
+        self._saved_hedges = min(MAX_SAVED_HEDGES, self._saved_hedges + HEDGE_SHARE)
+        size_class = get_size_class(len(frame.pair_rows))
+        late_s = self._pool.late_point(group_name, size_class).late_s
+        now_s = asyncio.get_running_loop().time()
+        timeout_s = self.first_timeout_s(layer)
+        posted = PostedFrame(
+            connection,
+            connection.next_frame_id(),
+            now_s,
+            None if late_s is None else now_s + max(late_s, LEAST_HEDGE_S),
+            now_s + timeout_s,
+        )
+        data = self._encode(connection, posted.frame_id, layer, frame, timeout_s)
+        connection.post(posted.frame_id, data, lambda outcome: on_done(posted, outcome), size_class)
         return posted
+
+    def note_answer(self, posted: PostedFrame, frame: GroupFrame, group_name: str) -> None:
+        """It was the first good one."""
+        reply_s = asyncio.get_running_loop().time() - posted.sent_s
+        self._pool.late_point(group_name, get_size_class(len(frame.pair_rows))).record(reply_s)
 
     def first_timeout_s(self, layer: _Layer) -> float:
         """What an attempt that starts now may take."""
@@ -148,13 +226,14 @@ class Dispatcher:
         """
         retry_s = FIRST_RETRY_S
         while True:
-            connection = await self._pool.acquire(group_name, failed, layer.deadline)
+            size_class = get_size_class(len(frame.pair_rows))
+            connection = await self._pool.acquire(group_name, size_class, failed, layer.deadline)
             timeout_s = self.first_timeout_s(layer)
             self.counters.num_frames += 1
             try:
                 frame_id = connection.next_frame_id()
                 data = self._encode(connection, frame_id, layer, frame, timeout_s)
-                reply = await connection.call(frame_id, data, timeout_s)
+                reply = await connection.call(frame_id, data, timeout_s, size_class)
                 return self.check_reply(connection, layer, frame, reply)
             except ReplicaError as error:
                 self.note_failure(layer, group_name, [*failed, connection], error)
@@ -175,7 +254,7 @@ class Dispatcher:
     def check_reply(
         self, connection: ExpertConnection, layer: _Layer, frame: GroupFrame, reply: ComputeReply
     ) -> Tensor:
-        """The tensor of an answer that is one. Raises TableChanged, FrameRefused or ReplicaRefused."""
+        """The tensor of an answer that is one. Raises TableChanged, FrameRefused, ReplicaRefused or BadReply."""
         if reply.status is ComputeStatus.NOT_HOSTED:
             raise TableChanged(reply.message)
         if reply.status is ComputeStatus.BAD_REQUEST:
@@ -185,10 +264,12 @@ class Dispatcher:
         if reply.status is not ComputeStatus.OK or reply.tensor is None:
             raise ReplicaRefused(f"replica {connection.replica.replica_id}: {reply.status.name}: {reply.message}")
         if tuple(reply.tensor.shape) != expected or reply.dtype != self._options.wire_format.reply_dtype:
-            raise ReplicaRefused(
+            error = BadReply(
                 f"replica {connection.replica.replica_id}: got {tuple(reply.tensor.shape)} {reply.dtype}, "
                 f"expected {expected} {self._options.wire_format.reply_dtype}"
             )
+            connection.drop(error)
+            raise error
         return reply.tensor
 
     def _encode(
@@ -235,8 +316,9 @@ class Dispatcher:
 class PendingGather:
     """The frames of one scatter. gather() is awaited exactly once, by the trunk.
 
-    As long as every replica answers there is no task and no timer per frame: replies come in by callback. A frame that
-    fails gets a task that takes it elsewhere; a table that changed gets one that plans the layer again.
+    As long as every replica answers there is no task, and one timer for all frames: replies come in by callback. A
+    frame that fails is sent elsewhere at once; a task waits where there is no replica to send it to. A table that
+    changed has the layer planned again.
     """
 
     def __init__(self, dispatcher: Dispatcher, layer: _Layer) -> None:
@@ -248,9 +330,13 @@ class PendingGather:
         self._frames: list[GroupFrame] = []
         self._group_names: list[str] = []
         self._replies: list[Tensor | None] = []
+        self._answered_by: list[ExpertConnection | None] = []
         self._num_missing = 0
-        # By frame: what was sent and not answered.
+        # By frame: what was sent and not answered, and a copy of it at another replica.
         self._posted: dict[int, PostedFrame] = {}
+        self._copies: dict[int, PostedFrame] = {}
+        # By frame: the replicas that did not answer, or not well.
+        self._failed: dict[int, list[ExpertConnection]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -258,6 +344,7 @@ class PendingGather:
         """Plan by the table in force and send every frame."""
         table = self._dispatcher.pool.table
         self._table_version = table.version
+        self._failed.clear()
         try:
             self._frames = self._dispatcher.plan(self._layer)
         except TableChanged as error:
@@ -265,18 +352,13 @@ class PendingGather:
             return
         self._group_names = [table.group_names[frame.group_index] for frame in self._frames]
         self._replies = [None] * len(self._frames)
+        self._answered_by = [None] * len(self._frames)
         self._num_missing = len(self._frames)
         if not self._frames:
             self._finished.set_result(None)
-        for index, frame in enumerate(self._frames):
-            posted = self._dispatcher.post(
-                self._layer, frame, self._group_names[index], functools.partial(self._on_done, index)
-            )
-            if posted is None:
-                self._start_task(self._call_group(index, []))
-            else:
-                self._posted[index] = posted
-        self._timer = self._loop.call_later(self._dispatcher.first_timeout_s(self._layer), self._time_out)
+        for index in range(len(self._frames)):
+            self._send(index)
+        self._set_timer()
 
     async def wait_sent(self) -> None:
         """Until the frames are on their way, or a short time."""
@@ -287,35 +369,98 @@ class PendingGather:
     async def gather(self) -> Tensor:
         """[num_tokens, hidden_size] float32. Raises ExpertsUnavailable."""
         try:
-            await self._finished
+            while True:
+                await self._finished
+                replies = [reply for reply in self._replies if reply is not None]
+                total = self._dispatcher.combine(self._layer, self._frames, replies)
+                # One pass, in which anything that is not finite shows.
+                if math.isfinite(total.sum().item()) or not self._ask_again():
+                    return total
         finally:
             self._stop()
-        replies = [reply for reply in self._replies if reply is not None]
-        return self._dispatcher.combine(self._layer, self._frames, replies)
 
     def abandon(self) -> None:
         """Instead of gather(): nobody wants the result any more."""
         self._stop()
         self._finished.cancel()
 
+    def _send(self, index: int) -> None:
+        """To the best replica that has not failed the frame; where there is none, a task waits for one."""
+        failed = self._failed.get(index, [])
+        frame, name = self._frames[index], self._group_names[index]
+        on_done = functools.partial(self._on_done, index)
+        posted = self._dispatcher.post(self._layer, frame, name, on_done, failed)
+        if posted is None:
+            self._start_task(self._call_group(index, failed))
+            return
+        self._posted[index] = posted
+        copy = None if failed else self._dispatcher.measure(self._layer, frame, name, on_done, posted)
+        if copy is not None:
+            self._copies[index] = copy
+
+    def _ask_again(self) -> bool:
+        """Have frames computed elsewhere whose answers are not finite although what was sent is. False if there is none
+        whose answer was not confirmed already: then it is what the weights make of the rows."""
+        suspects: list[int] = []
+        for index, (frame, reply) in enumerate(zip(self._frames, self._replies, strict=True)):
+            is_first = self._answered_by[index] is not None and index not in self._failed
+            if reply is not None and is_first and not self._layer.explains(frame, reply):
+                suspects.append(index)
+        if not suspects:
+            return False
+        self._finished = self._loop.create_future()
+        self._num_missing = len(suspects)
+        for index in suspects:
+            connection = self._answered_by[index]
+            assert connection is not None
+            self._replies[index] = None
+            error = BadReply(f"replica {connection.replica.replica_id} answered with numbers that are not finite")
+            connection.drop(error)
+            self._take_elsewhere(index, connection, error)
+        self._set_timer()
+        return True
+
     def _on_done(self, index: int, posted: PostedFrame, outcome: ReplyOrError) -> None:
-        if self._posted.pop(index, None) is None:
+        first, copy = self._posted.get(index), self._copies.get(index)
+        if posted is not first and posted is not copy:
             return
         try:
             if isinstance(outcome, ReplicaError):
                 raise outcome
             reply = self._dispatcher.check_reply(posted.connection, self._layer, self._frames[index], outcome)
         except ReplicaError as error:
-            self._take_elsewhere(index, posted.connection, error)
+            self._lose(index, posted, error)
         except TableChanged as error:
             self._plan_again(error)
         except FrameRefused as error:
             self._fail(error)
         else:
-            self._accept(index, reply)
+            del self._posted[index]
+            self._dispatcher.note_answer(posted, self._frames[index], self._group_names[index])
+            if copy is not None and first is not None:
+                del self._copies[index]
+                other = first if posted is copy else copy
+                other.connection.leave_behind(other.frame_id)
+                self._dispatcher.counters.num_hedges_won += posted is copy
+            self._accept(index, reply, posted.connection)
 
-    def _accept(self, index: int, reply: Tensor) -> None:
+    def _lose(self, index: int, posted: PostedFrame, error: ReplicaError) -> None:
+        """An attempt failed; where a copy is on its way that is the attempt now."""
+        copy = self._copies.pop(index, None)
+        if copy is None:
+            del self._posted[index]
+            self._take_elsewhere(index, posted.connection, error)
+            self._set_timer()
+            return
+        self._dispatcher.counters.count_error(error)
+        self._dispatcher.counters.num_retries += 1
+        self._failed.setdefault(index, []).append(posted.connection)
+        if posted is not copy:
+            self._posted[index] = copy
+
+    def _accept(self, index: int, reply: Tensor, connection: ExpertConnection | None) -> None:
         self._replies[index] = reply
+        self._answered_by[index] = connection
         self._num_missing -= 1
         if self._num_missing == 0 and not self._finished.done():
             self._finished.set_result(None)
@@ -324,21 +469,65 @@ class PendingGather:
         if not self._finished.done():
             self._finished.set_exception(error)
 
-    def _time_out(self) -> None:
-        """The time of the first attempts is over."""
+    def _set_timer(self) -> None:
+        """For whatever is due next of what is on its way."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._posted:
+            return
+        now_s = self._loop.time()
+        next_s = math.inf
+        for index, posted in self._posted.items():
+            next_s = min(next_s, posted.deadline_s)
+            if posted.hedge_s is not None and index not in self._copies:
+                # Where nobody else can be asked now, or the budget is spent: look again after as long.
+                again_s = now_s + max(posted.hedge_s - posted.sent_s, LEAST_HEDGE_S)
+                next_s = min(next_s, posted.hedge_s if posted.hedge_s > now_s else again_s)
+        self._timer = self._loop.call_at(next_s, self._look)
+
+    def _look(self) -> None:
+        """Something is due: a copy to another replica, or the end of an attempt."""
+        self._timer = None
+        # This loop may have been busy, and the answers may lie in the sockets.
+        for posted in list(self._posted.values()):
+            posted.connection.read_now()
+        now_s = self._loop.time()
         for index, posted in list(self._posted.items()):
-            del self._posted[index]
-            posted.connection.forget(posted.frame_id)
-            replica_id = posted.connection.replica.replica_id
-            self._take_elsewhere(index, posted.connection, CallTimeout(f"replica {replica_id} did not answer in time"))
+            if self._posted.get(index) is not posted:
+                continue
+            if now_s >= posted.deadline_s:
+                self._time_out(index, posted)
+            elif posted.hedge_s is not None and now_s >= posted.hedge_s and index not in self._copies:
+                on_done = functools.partial(self._on_done, index)
+                copy = self._dispatcher.post_copy(
+                    self._layer, self._frames[index], self._group_names[index], on_done, posted
+                )
+                if copy is not None:
+                    self._copies[index] = copy
+        if not self._finished.done():
+            self._set_timer()
+
+    def _time_out(self, index: int, posted: PostedFrame) -> None:
+        """The time of an attempt, and of its copy, is over."""
+        del self._posted[index]
+        copy = self._copies.pop(index, None)
+        if copy is not None:
+            copy.connection.forget(copy.frame_id)
+            self._failed.setdefault(index, []).append(copy.connection)
+        posted.connection.forget(posted.frame_id)
+        replica_id = posted.connection.replica.replica_id
+        self._take_elsewhere(index, posted.connection, CallTimeout(f"replica {replica_id} did not answer in time"))
 
     def _take_elsewhere(self, index: int, connection: ExpertConnection, error: ReplicaError) -> None:
+        failed = self._failed.setdefault(index, [])
+        failed.append(connection)
         try:
-            self._dispatcher.note_failure(self._layer, self._group_names[index], [connection], error)
+            self._dispatcher.note_failure(self._layer, self._group_names[index], failed, error)
         except ExpertsUnavailable as unavailable:
             self._fail(unavailable)
         else:
-            self._start_task(self._call_group(index, [connection]))
+            self._send(index)
 
     async def _call_group(self, index: int, failed: list[ExpertConnection]) -> None:
         name = self._group_names[index]
@@ -349,7 +538,7 @@ class PendingGather:
         except RouterError as error:
             self._fail(error)
         else:
-            self._accept(index, reply)
+            self._accept(index, reply, None)
 
     def _plan_again(self, error: TableChanged) -> None:
         """Drop everything of this plan, wait for a newer table, start over."""
@@ -380,9 +569,11 @@ class PendingGather:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for posted in self._posted.values():
-            posted.connection.forget(posted.frame_id)
-        self._posted.clear()
+        if self._posted or self._copies:
+            for posted in [*self._posted.values(), *self._copies.values()]:
+                posted.connection.forget(posted.frame_id)
+            self._posted.clear()
+            self._copies.clear()
         current = asyncio.current_task(self._loop)
         for task in list(self._tasks):
             if task is not current:
@@ -400,6 +591,17 @@ class _Layer:
     topk_ids: npt.NDArray[np.int64]
     topk_weights: npt.NDArray[np.float32]
     deadline: float
+
+    def explains(self, frame: GroupFrame, reply: Tensor) -> bool:
+        """Whether all rows of an answer that are not finite are of rows that were sent like that."""
+        rows = self.rows(frame.row_ids)
+        if isinstance(rows, QuantizedRows):  # a block that is not finite travels as NaN
+            sent = ((rows.values.view(torch.uint8) & 0x7F) != 0x7F).all(dim=1)
+        else:
+            sent = rows.isfinite().all(dim=1)
+        if len(reply) != len(frame.row_ids):  # exact: a row for each pair
+            sent = sent[torch.from_numpy(frame.pair_rows).long()]
+        return not (sent & ~reply.isfinite().all(dim=1)).any().item()
 
     def rows(self, row_ids: npt.NDArray[np.int64]) -> Tensor | QuantizedRows:
         if len(row_ids) == self.num_tokens:

@@ -12,6 +12,7 @@ RouterError
     ├── ConnectionLost    its stream broke, or could not be opened
     ├── CallTimeout       no reply within the deadline of the attempt
     ├── ReplicaRefused    it answered with a status other than OK
+    ├── BadReply          it answered nonsense: its stream is ended
     └── ReplicaMismatch   it is not the replica that the expert table names
 
 router/service.py translates to the gRPC statuses above; dispatch.py retries on ReplicaError.
@@ -64,6 +65,10 @@ class CallTimeout(ReplicaError):
 
 class ReplicaRefused(ReplicaError):
     """A replica answered a frame with a status other than OK."""
+
+
+class BadReply(ReplicaError):
+    """A replica's answer is malformed, is for nothing that was asked, or holds what no sound replica computes."""
 
 
 class ReplicaMismatch(ReplicaError):

@@ -2,8 +2,9 @@
 
 It dials, checks that the process at the address is the replica the expert table names (incarnation and weight
 digest), opens the stream, and pairs replies with frames by frame_id. When the stream breaks, every outstanding frame
-fails at once with ConnectionLost and it dials again until it is closed. It does not retry frames: that is for the
-dispatcher, which knows the other replicas.
+fails at once with ConnectionLost and it dials again until it is closed; so it is when the replica gives no sign of life
+(router/heartbeat.py) or answers what it was not asked. It does not retry frames: that is for the dispatcher, which
+knows the other replicas. It measures how long the replica takes, which decides what it gets.
 
 The check is an ordinary gRPC call; the stream is experts.http2_stream on a socket that the event loop watches, so that
 a frame is written, and a reply read, by the loop's own thread.
@@ -16,6 +17,7 @@ import itertools
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -30,11 +32,15 @@ from experts.wire import (
     MAX_MESSAGE_BYTES,
     Buffer,
     ComputeReply,
+    ComputeStatus,
     decode_response,
 )
 from router.cancellation import is_task_cancelled
-from router.errors import CallTimeout, ConnectionLost, ReplicaError, ReplicaMismatch
+from router.dispatch_counters import DispatchCounters
+from router.errors import BadReply, CallTimeout, ConnectionLost, ReplicaError, ReplicaMismatch
 from router.expert_table import ReplicaEntry
+from router.heartbeat import DEFAULT_HEARTBEATS, Heartbeat, HeartbeatOptions
+from router.reply_times import ServiceTimes
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +51,11 @@ DIAL_TIMEOUT_S = 5.0
 
 # A frame that is not sent within this after a scatter is sent when the loop comes by again.
 FLUSH_WAIT_S = 0.01
+
+# Of a replica that was never asked.
+FIRST_EXPECTED_S = 0.001
+# A reply that takes so many times what was expected, and this on top, is late.
+LATE_FACTOR, LATE_S = 3.0, 0.01
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -62,16 +73,43 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 _OPENING = make_client_opening(COMPUTE_METHOD)
 
 
-class ExpertConnection:
-    """Mutated only by its own event loop. `outstanding` is the number of frames without a reply."""
+@dataclass(slots=True)
+class _SentFrame:
+    """A frame without a reply. on_done: None once its caller waits no more; the replica works at it all the same.
+    expected_s: of the replica's time, when it was sent."""
 
-    def __init__(self, replica: ReplicaEntry, hidden_size: int, on_change: Callable[[], None]) -> None:
-        """on_change is called whenever `ready` changes."""
+    on_done: Callable[[ComputeReply | ReplicaError], None] | None
+    sent_s: float
+    size_class: int
+    expected_s: float
+
+
+class ExpertConnection:
+    """Mutated only by its own event loop."""
+
+    def __init__(
+        self,
+        replica: ReplicaEntry,
+        hidden_size: int,
+        on_change: Callable[[], None],
+        *,
+        heartbeats: HeartbeatOptions | None = None,
+        counters: DispatchCounters | None = None,
+    ) -> None:
+        """on_change is called whenever `ready` changes. heartbeats: None: as by default."""
         self.replica = replica
+        self.times = ServiceTimes()
+        self.num_sent = 0
+        # Of the event loop's clock: when the replica last answered a frame.
+        self.answered_s = 0.0
         self._is_connected = False
         self._hidden_size = hidden_size
         self._on_change = on_change
-        self._pending: dict[int, Callable[[ComputeReply | ReplicaError], None]] = {}
+        self._heartbeats = heartbeats or DEFAULT_HEARTBEATS
+        self._counters = counters or DispatchCounters()
+        # By frame id, in the order of sending.
+        self._sent: dict[int, _SentFrame] = {}
+        self._expected_s = 0.0
         self._frame_ids = itertools.count(1)
         self._stream: MessageStream | None = None
         # What ended the stream.
@@ -79,7 +117,8 @@ class ExpertConnection:
         self._opened: asyncio.Future[None] | None = None
         self._is_writer_added = False
         self._flushed = asyncio.Event()
-        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"expert {replica.replica_id}")
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run(), name=f"expert {replica.replica_id}")
 
     @property
     def ready(self) -> bool:
@@ -88,23 +127,46 @@ class ExpertConnection:
 
     @property
     def outstanding(self) -> int:
-        return len(self._pending)
+        """Frames that somebody waits for."""
+        return sum(sent.on_done is not None for sent in self._sent.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was sent is answered."""
+        return not self._sent
+
+    def busy_s(self) -> float:
+        """How long the replica will take for what it was sent. One that is late is not expected to answer any sooner
+        than it has been silent already."""
+        if not self._sent:
+            return 0.0
+        oldest = next(iter(self._sent.values()))
+        silent_s = self._loop.time() - max(oldest.sent_s, self.answered_s)
+        is_late = silent_s > LATE_FACTOR * oldest.expected_s + LATE_S
+        return self._expected_s + silent_s if is_late else self._expected_s
 
     def next_frame_id(self) -> int:
         return next(self._frame_ids)
 
     def post(
-        self, frame_id: int, parts: Sequence[Buffer], on_done: Callable[[ComputeReply | ReplicaError], None]
+        self,
+        frame_id: int,
+        parts: Sequence[Buffer],
+        on_done: Callable[[ComputeReply | ReplicaError], None],
+        size_class: int = 0,
     ) -> None:
         """Send one encoded frame without waiting for anything. Raises ConnectionLost if there is no stream.
 
-        parts must stay as they are until on_done is called or forget() returns. on_done is called once, from the event
-        loop, with the reply or with what became of the frame, unless forget() comes first. There is no deadline here:
-        the caller has one for all its frames.
+        parts must stay as they are until on_done is called or forget() or leave_behind() returns. on_done is called
+        once, from the event loop, with the reply or with what became of the frame, unless one of these comes first.
+        There is no deadline here: the caller has one for all its frames. size_class: of reply_times.
         """
         if self._stream is None or not self._is_connected:
             raise ConnectionLost(f"replica {self.replica.replica_id} is not connected")
-        self._pending[frame_id] = on_done
+        expected_s = self.times.expect_s(size_class) or FIRST_EXPECTED_S
+        self._sent[frame_id] = _SentFrame(on_done, self._loop.time(), size_class, expected_s)
+        self._expected_s += expected_s
+        self.num_sent += 1
         try:
             self._stream.send(frame_id, parts, sum(map(len, parts)))
         except OSError as error:
@@ -132,15 +194,49 @@ class ExpertConnection:
 
         If it is being written, this breaks the stream: half a message cannot be taken back.
         """
-        if self._pending.pop(frame_id, None) is None:
-            return
-        if self._stream is not None and not self._stream.withdraw(frame_id):
+        if self._let_go(frame_id) and self._stream is not None and not self._stream.withdraw(frame_id):
             self._end_stream(StreamEnded("a frame could not be written"))
 
-    async def call(self, frame_id: int, parts: Sequence[Buffer], timeout_s: float) -> ComputeReply:
+    def leave_behind(self, frame_id: int) -> None:
+        """Wait no more for a frame that was answered elsewhere. The replica may take its time, also for reading it."""
+        if self._let_go(frame_id) and self._stream is not None:
+            self._stream.detach(frame_id)
+
+    def _let_go(self, frame_id: int) -> bool:
+        """Nobody waits for a frame any more. False if nobody did, or if it was taken back before it went out."""
+        sent = self._sent.get(frame_id)
+        if sent is None or sent.on_done is None:
+            return False
+        sent.on_done = None
+        if self._stream is not None and self._stream.is_waiting(frame_id):
+            self._stream.withdraw(frame_id)
+            del self._sent[frame_id]
+            self._expected_s = self._expected_s - sent.expected_s if self._sent else 0.0
+            return False
+        return True
+
+    def read_now(self) -> None:
+        """Take in what lies in the socket, without waiting for the loop to come by."""
+        if self._is_connected:
+            self._read()
+
+    def drop(self, error: ReplicaError) -> None:
+        """End the stream because of what came over it, and dial again."""
+        self._end_stream(error)
+
+    def hand_over(self) -> None:
+        """The replica left the table: fail what somebody waits for."""
+        for frame_id, sent in list(self._sent.items()):
+            on_done = sent.on_done
+            self.leave_behind(frame_id)
+            if on_done is not None:
+                self._counters.num_rerouted += 1
+                on_done(ConnectionLost(f"replica {self.replica.replica_id} left the expert table"))
+
+    async def call(self, frame_id: int, parts: Sequence[Buffer], timeout_s: float, size_class: int = 0) -> ComputeReply:
         """Send one encoded frame and wait for its reply. Raises ConnectionLost or CallTimeout. See forget()."""
         reply: asyncio.Future[ComputeReply | ReplicaError] = asyncio.get_running_loop().create_future()
-        self.post(frame_id, parts, lambda outcome: None if reply.done() else reply.set_result(outcome))
+        self.post(frame_id, parts, lambda outcome: None if reply.done() else reply.set_result(outcome), size_class)
         try:
             async with asyncio.timeout(timeout_s):
                 outcome = await reply
@@ -189,6 +285,7 @@ class ExpertConnection:
         loop = asyncio.get_running_loop()
         host, _, port = self.replica.endpoint.rpartition(":")
         connection: socket.socket | None = None
+        heartbeat: Heartbeat | None = None
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 connection = await _connect(host.strip("[]"), int(port))
@@ -198,15 +295,33 @@ class ExpertConnection:
                 self._stream.flush()
                 self._watch()
                 await asyncio.wait((self._opened, self._ended), return_when=asyncio.FIRST_COMPLETED)
+                if not self._ended.done():
+                    heartbeat = await self._start_heartbeat(host.strip("[]"), int(port))
             if not self._ended.done():
                 self._is_connected = True
                 logger.info("replica connected replica_id=%s", self.replica.replica_id)
                 self._on_change()
             return await self._ended
         finally:
+            if heartbeat is not None:
+                heartbeat.close()
             self._drop_stream()
             if connection is not None:
                 connection.close()
+
+    async def _start_heartbeat(self, host: str, port: int) -> Heartbeat:
+        """Raises OSError."""
+        _, heartbeat = await self._loop.create_connection(
+            lambda: Heartbeat(self._heartbeats, self._on_missed_heartbeat, self._on_dead), host, port
+        )
+        return heartbeat
+
+    def _on_missed_heartbeat(self) -> None:
+        self._counters.num_missed_heartbeats += 1
+
+    def _on_dead(self, reason: str) -> None:
+        self._counters.num_dead_replicas += 1
+        self._end_stream(StreamEnded(reason))
 
     def _read(self) -> None:
         """The socket has something."""
@@ -219,7 +334,11 @@ class ExpertConnection:
                 self._deliver(decode_response(data))
                 if self._stream is not stream:  # whoever got the reply broke the stream
                     return
-        except (StreamEnded, OSError, ExpertsError) as error:
+        except (StreamEnded, OSError) as error:
+            self._end_stream(error)
+            return
+        except (ExpertsError, BadReply) as error:
+            self._counters.count_error(BadReply(str(error)))
             self._end_stream(error)
             return
         if self._opened is not None and stream.is_open and not self._opened.done():
@@ -285,14 +404,28 @@ class ExpertConnection:
                 raise ReplicaMismatch(f"{wanted.endpoint}: {field} is {got}, the expert table says {want}")
 
     def _deliver(self, reply: ComputeReply) -> None:
-        on_done = self._pending.pop(reply.frame_id, None)
-        if on_done is not None:  # else its caller stopped waiting
-            on_done(reply)
+        """Raises BadReply if it answers nothing that was asked."""
+        sent = self._sent.pop(reply.frame_id, None)
+        if sent is None:
+            raise BadReply(f"replica {self.replica.replica_id} answered frame {reply.frame_id}, which it was not sent")
+        now_s = self._loop.time()
+        self._expected_s = self._expected_s - sent.expected_s if self._sent else 0.0
+        if reply.status is ComputeStatus.OK:
+            # It answers one after the other: a frame's turn comes when the one before is done.
+            self.times.record(sent.size_class, now_s - max(sent.sent_s, self.answered_s))
+        self.answered_s = now_s
+        if reply.incarnation != self.replica.incarnation:
+            self._sent[reply.frame_id] = sent
+            raise BadReply(f"replica {self.replica.replica_id} answered as incarnation {reply.incarnation}")
+        if sent.on_done is not None:
+            sent.on_done(reply)
 
     def _fail_pending(self, reason: str) -> None:
-        failed, self._pending = self._pending, {}
-        for on_done in failed.values():
-            on_done(ConnectionLost(f"replica {self.replica.replica_id}: {reason}"))
+        failed, self._sent = self._sent, {}
+        self._expected_s = 0.0
+        for sent in failed.values():
+            if sent.on_done is not None:
+                sent.on_done(ConnectionLost(f"replica {self.replica.replica_id}: {reason}"))
 
 
 async def _connect(host: str, port: int) -> socket.socket:

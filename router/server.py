@@ -34,7 +34,8 @@ from router.draft_policy import DraftPolicy
 from router.drafter import Drafter
 from router.engine import Engine
 from router.errors import NotReady
-from router.expert_pool import ExpertPool
+from router.expert_pool import ExpertPool, Numerics, PoolOptions
+from router.heartbeat import DEFAULT_HEARTBEATS, HeartbeatOptions
 from router.latent_cache import LatentCache, cache_bytes_per_token
 from router.mtp import MtpModule
 from router.mtp_drafter import MtpDrafter
@@ -74,7 +75,8 @@ class RouterConfig:
     on a card all of it but what a step takes. deterministic: None: where it costs nothing, which is with the
     native CPU kernel. speculative_tokens: most tokens to draft per step; 0: none;
     None: DEFAULT_SPECULATIVE_TOKENS, if the checkpoint has an MTP layer. call_timeout_s: one attempt of one expert
-    call. expert_wait_s: for a group with no usable replica."""
+    call. expert_wait_s: for a group with no usable replica. heartbeats: of the
+    expert replicas. numerics: see expert_pool.PoolOptions."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -93,6 +95,8 @@ class RouterConfig:
     kv_cache_tokens: int | None = None
     call_timeout_s: float = 30.0
     expert_wait_s: float = 30.0
+    heartbeats: HeartbeatOptions = DEFAULT_HEARTBEATS
+    numerics: Numerics = "sticky"
     num_threads: int | None = None
     device: str = "cpu"
     expert_endpoints: tuple[str, ...] = ()
@@ -200,7 +204,7 @@ class RouterServer:
         self._loop.run_forever()
 
     async def _listen(self) -> str:
-        self._pool = ExpertPool(self._model)
+        self._pool = ExpertPool(self._model, PoolOptions(self._config.heartbeats, self._config.numerics))
         self._server = grpc.aio.server(
             options=(
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -116,6 +116,8 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             connected_replica_ids=state.pool.connected_replica_ids(),
             load_progress=state.load_progress,
         )
+        response.dispatch.CopyFrom(pb.DispatchCounters(**dataclasses.asdict(state.pool.counters)))
+        response.replicas.extend(pb.ReplicaTimes(**replica._asdict()) for replica in state.pool.replica_times())
         engine = state.engine
         if engine is None:
             response.message = "loading weights"

@@ -44,9 +44,11 @@ class StaticExperts:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self) -> None:
-        answers = await asyncio.gather(*(self._describe(endpoint) for endpoint in self._endpoints))
+        connected = self._pool.connected_endpoints()
+        endpoints = [endpoint for endpoint in self._endpoints if endpoint not in connected]
+        answers = await asyncio.gather(*(self._describe(endpoint) for endpoint in endpoints))
         changed = False
-        for endpoint, answer in zip(self._endpoints, answers, strict=True):
+        for endpoint, answer in zip(endpoints, answers, strict=True):
             known = self._described.get(endpoint)
             if answer is None or (known is not None and known.incarnation == answer.incarnation):
                 continue

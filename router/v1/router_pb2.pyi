@@ -178,7 +178,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("router_id", "pid", "ready", "draining", "message", "table_version", "num_running", "num_waiting", "num_steps", "current_step_ms", "connected_replica_ids", "load_progress", "num_blocks", "num_blocks_held", "num_blocks_idle", "block_size", "num_preemptions", "num_prompt_tokens", "num_cached_tokens", "step_times", "num_turns", "num_generated_tokens", "num_drafted", "num_accepted", "unserved_ms")
+    __slots__ = ("router_id", "pid", "ready", "draining", "message", "table_version", "num_running", "num_waiting", "num_steps", "current_step_ms", "connected_replica_ids", "load_progress", "num_blocks", "num_blocks_held", "num_blocks_idle", "block_size", "num_preemptions", "num_prompt_tokens", "num_cached_tokens", "step_times", "num_turns", "num_generated_tokens", "num_drafted", "num_accepted", "unserved_ms", "dispatch", "replicas")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +204,8 @@ class StatusResponse(_message.Message):
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     UNSERVED_MS_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     pid: int
     ready: bool
@@ -229,7 +231,58 @@ class StatusResponse(_message.Message):
     num_drafted: _containers.RepeatedScalarFieldContainer[int]
     num_accepted: _containers.RepeatedScalarFieldContainer[int]
     unserved_ms: int
-    def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., step_times: _Optional[_Union[StepTimes, _Mapping]] = ..., num_turns: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_drafted: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ..., unserved_ms: _Optional[int] = ...) -> None: ...
+    dispatch: DispatchCounters
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaTimes]
+    def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., step_times: _Optional[_Union[StepTimes, _Mapping]] = ..., num_turns: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_drafted: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ..., unserved_ms: _Optional[int] = ..., dispatch: _Optional[_Union[DispatchCounters, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaTimes, _Mapping]]] = ...) -> None: ...
+
+class DispatchCounters(_message.Message):
+    __slots__ = ("num_frames", "num_retries", "num_replans", "num_hedges", "num_hedges_won", "num_probes", "num_rerouted", "num_missed_heartbeats", "num_dead_replicas", "num_crossings", "errors")
+    class ErrorsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    NUM_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_REPLANS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEDGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEDGES_WON_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROBES_FIELD_NUMBER: _ClassVar[int]
+    NUM_REROUTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_MISSED_HEARTBEATS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEAD_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CROSSINGS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    num_frames: int
+    num_retries: int
+    num_replans: int
+    num_hedges: int
+    num_hedges_won: int
+    num_probes: int
+    num_rerouted: int
+    num_missed_heartbeats: int
+    num_dead_replicas: int
+    num_crossings: int
+    errors: _containers.ScalarMap[str, int]
+    def __init__(self, num_frames: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_replans: _Optional[int] = ..., num_hedges: _Optional[int] = ..., num_hedges_won: _Optional[int] = ..., num_probes: _Optional[int] = ..., num_rerouted: _Optional[int] = ..., num_missed_heartbeats: _Optional[int] = ..., num_dead_replicas: _Optional[int] = ..., num_crossings: _Optional[int] = ..., errors: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class ReplicaTimes(_message.Message):
+    __slots__ = ("replica_id", "connected", "num_frames", "num_outstanding", "slowness", "frame_ms")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTSTANDING_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_FIELD_NUMBER: _ClassVar[int]
+    FRAME_MS_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    connected: bool
+    num_frames: int
+    num_outstanding: int
+    slowness: float
+    frame_ms: float
+    def __init__(self, replica_id: _Optional[str] = ..., connected: _Optional[bool] = ..., num_frames: _Optional[int] = ..., num_outstanding: _Optional[int] = ..., slowness: _Optional[float] = ..., frame_ms: _Optional[float] = ...) -> None: ...
 
 class StepTimes(_message.Message):
     __slots__ = ("attention_ns", "gate_ns", "scatter_ns", "wait_ns", "shared_ns", "head_ns", "sample_ns", "overhead_ns", "step_ns")

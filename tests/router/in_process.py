@@ -47,6 +47,10 @@ class Fault(enum.Enum):
     OVERLOADED = "sheds the frame"
     NOT_HOSTED = "says it does not host an expert that the table places there"
     GARBLED = "answers with bytes that are no message"
+    NOT_FINITE = "answers with a number that is none"
+    TWICE = "answers twice"
+    WRONG_FRAME = "answers a frame that it was not sent"
+    TRUNCATED = "answers with the last bytes missing"
 
 
 class FaultyExpertServer(ExpertServer):
@@ -78,10 +82,10 @@ class FaultyExpertServer(ExpertServer):
                 raise NotHosted("fault")
             case Fault.SLOW:
                 time.sleep(self.slow_s)  # the fault itself, not a wait for something
-            case Fault.DIE_AFTER | Fault.WRONG_SHAPE | Fault.GARBLED:
-                self._spoiled_ids.append(frame.frame_id)
             case None:
                 raise AssertionError("num_faults without a fault")
+            case _:
+                self._spoiled_ids.append(frame.frame_id)
 
     def _encode(self, entry: Entry) -> list[Buffer]:
         answer = super()._encode(entry)
@@ -93,17 +97,32 @@ class FaultyExpertServer(ExpertServer):
             case Fault.DIE_AFTER:
                 raise StreamBroken(UNAVAILABLE, "fault")
             case Fault.WRONG_SHAPE:
-                tensor = torch.zeros(frame.num_result_rows + 1, frame.hidden_states.shape[1])
-                return encode_response_parts(
-                    frame_id=frame.frame_id,
-                    incarnation=frame.incarnation,
-                    tensor=tensor,
-                    queue_us=0,
-                    compute_us=0,
-                    dtype=frame.reply_dtype,
-                )
+                return _answer(frame, frame.frame_id, frame.num_result_rows + 1)
+            case Fault.WRONG_FRAME:
+                return _answer(frame, frame.frame_id + 1_000_000, frame.num_result_rows)
+            case Fault.NOT_FINITE:
+                return _answer(frame, frame.frame_id, frame.num_result_rows, float("nan"))
+            case Fault.TRUNCATED:
+                return [*answer[:-1], answer[-1][:-4]]
+            case Fault.TWICE:
+                stream = next(iter(self._streams._streams.values()))  # pyright: ignore[reportPrivateUsage]
+                stream.messages.send(0, answer, sum(map(len, answer)))
+                return answer
             case _:
                 return [b"\xff\xff\xff"]
+
+
+def _answer(frame: ComputeFrame, frame_id: int, num_rows: int, first: float = 0.0) -> list[Buffer]:
+    tensor = torch.zeros(num_rows, frame.hidden_states.shape[1])
+    tensor[0, 0] = first
+    return encode_response_parts(
+        frame_id=frame_id,
+        incarnation=frame.incarnation,
+        tensor=tensor,
+        queue_us=0,
+        compute_us=0,
+        dtype=frame.reply_dtype,
+    )
 
 
 def load_groups(folder: Path, num_groups: int, dtype: torch.dtype = torch.float32) -> list[ExpertGroup]:
