@@ -36,6 +36,7 @@ from router.errors import (
 )
 from router.expert_connection import FIRST_RETRY_S, LAST_RETRY_S, ExpertConnection
 from router.expert_pool import ExpertPool
+from router.native_scatter import Asked, Gather, NativeRound, SentFrame, make_native_scatter
 from router.reply_times import get_size_class
 from router.row_sums import Answer, add_answers
 
@@ -48,6 +49,8 @@ HEDGE_SHARE = 0.1
 MAX_SAVED_HEDGES = 16.0
 # A reply is never late before this: what the event loop and the scheduler of the machine add varies by as much.
 LEAST_HEDGE_S = 0.002
+# Larger batches take so long that what the interpreter adds does not matter, and may need more than a message a group.
+NATIVE_ROWS = 512
 
 ReplyOrError = ComputeReply | ReplicaError
 
@@ -81,19 +84,31 @@ class Dispatcher:
         self._pool = pool
         self._options = options
         self._saved_hedges = MAX_SAVED_HEDGES
+        request_dtype, reply_dtype = options.wire_format.request_dtype, options.wire_format.reply_dtype
+        self._native = (
+            make_native_scatter(pool, request_dtype, reply_dtype, options.call_timeout_s, self._go_on)
+            if options.combine == "reduced"
+            else None
+        )
 
     async def scatter(
         self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> PendingGather:
+    ) -> PendingGather | NativeRound:
         """hidden_states: [num_tokens, hidden_size]; topk_ids int64 and topk_weights float32: [num_tokens, top_k]."""
-        layer = _Layer(
-            layer_id=layer_id,
-            hidden_states=to_wire(hidden_states, self._options.wire_format),
-            num_tokens=hidden_states.shape[0],
-            hidden_size=hidden_states.shape[1],
-            topk_ids=topk_ids.numpy(),
-            topk_weights=topk_weights.numpy(),
-            deadline=asyncio.get_running_loop().time() + self._options.expert_wait_s,
+        options = self._options
+        if self._native is not None and hidden_states.shape[0] <= NATIVE_ROWS:
+            rows = hidden_states.to(options.wire_format.request_dtype)
+            timeout_s = min(options.call_timeout_s, max(options.expert_wait_s, LEAST_TIMEOUT_S))
+            sent = self._native.send(layer_id, rows, topk_ids, topk_weights, timeout_s)
+            if sent is not None:
+                self.counters.num_frames += sent.num_frames
+                return sent
+        layer = self._make_layer(
+            layer_id,
+            to_wire(hidden_states, options.wire_format),
+            topk_ids,
+            topk_weights,
+            asyncio.get_running_loop().time(),
         )
         pending = PendingGather(self, layer)
         pending.start()
@@ -103,6 +118,34 @@ class Dispatcher:
         except asyncio.CancelledError:
             pending.abandon()
             raise
+        return pending
+
+    def _make_layer(
+        self,
+        layer_id: int,
+        rows: Tensor | QuantizedRows,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        started_s: float,
+    ) -> _Layer:
+        num_tokens, hidden_size = (rows.values if isinstance(rows, QuantizedRows) else rows).shape
+        return _Layer(
+            layer_id=layer_id,
+            hidden_states=rows,
+            num_tokens=num_tokens,
+            hidden_size=hidden_size,
+            topk_ids=topk_ids.numpy(),
+            topk_weights=topk_weights.numpy(),
+            deadline=started_s + self._options.expert_wait_s,
+        )
+
+    def _go_on(self, asked: Asked, frames: dict[int, SentFrame]) -> Gather:
+        """With a round that is not one for the native library any more."""
+        layer = self._make_layer(
+            asked.layer_id, asked.hidden_states, asked.topk_ids, asked.topk_weights, asked.started_s
+        )
+        pending = PendingGather(self, layer)
+        pending.adopt(frames, asked)
         return pending
 
     def plan(self, layer: _Layer) -> list[GroupFrame]:
@@ -358,6 +401,38 @@ class PendingGather:
             self._finished.set_result(None)
         for index in range(len(self._frames)):
             self._send(index)
+        self._set_timer()
+
+    def adopt(self, sent: dict[int, SentFrame], asked: Asked) -> None:
+        """Instead of start(): go on with frames, by their groups, that are on their way or answered."""
+        table = self._dispatcher.pool.table
+        if table.version != asked.table_version:
+            for frame in sent.values():
+                if frame.answer is None:
+                    frame.connection.expect(frame.frame_id, None)
+            self.start()
+            return
+        self._table_version = table.version
+        self._frames = self._dispatcher.plan(self._layer)
+        self._group_names = [table.group_names[frame.group_index] for frame in self._frames]
+        self._replies = [None] * len(self._frames)
+        self._answered_by = [None] * len(self._frames)
+        self._num_missing = len(self._frames)
+        timeout_s = self._dispatcher.first_timeout_s(self._layer)
+        for index, frame in enumerate(self._frames):
+            connection, frame_id, answer = sent[frame.group_index]
+            if answer is not None:
+                self._accept(index, answer, connection)
+                continue
+            posted = PostedFrame(connection, frame_id, asked.started_s, None, asked.started_s + timeout_s)
+            self._posted[index] = posted
+            on_done = functools.partial(self._on_done, index, posted)
+            if connection.ready:
+                connection.expect(frame_id, on_done, get_size_class(len(frame.pair_rows)))
+            else:
+                self._loop.call_soon(
+                    on_done, ConnectionLost(f"replica {connection.replica.replica_id} is not connected")
+                )
         self._set_timer()
 
     async def wait_sent(self) -> None:

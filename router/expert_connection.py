@@ -18,6 +18,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -25,6 +26,8 @@ import grpc.aio
 from experts.errors import ExpertsError
 from experts.front_door import set_stream_options
 from experts.http2_stream import MessageStream, StreamEnded, make_client_opening
+from experts.kernels.cpu_ffn import load_library
+from experts.native_link import NativeLink
 from experts.v1 import experts_pb2 as pb
 from experts.wire import (
     COMPUTE_METHOD,
@@ -73,6 +76,18 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 _OPENING = make_client_opening(COMPUTE_METHOD)
 
 
+class Borrower(Protocol):
+    """Who has a connection's stream lent. Both may give it back."""
+
+    def on_readable(self) -> None:
+        """The socket has something, or is broken."""
+        ...
+
+    def on_taken_back(self) -> None:
+        """The connection needs its stream; frames that are not answered are to be expect()ed."""
+        ...
+
+
 @dataclass(slots=True)
 class _SentFrame:
     """A frame without a reply. on_done: None once its caller waits no more; the replica works at it all the same.
@@ -111,7 +126,13 @@ class ExpertConnection:
         self._sent: dict[int, _SentFrame] = {}
         self._expected_s = 0.0
         self._frame_ids = itertools.count(1)
-        self._stream: MessageStream | None = None
+        self._own_stream: MessageStream | None = None
+        # Of a stream that is lent: who has it, the frame that is on its way, and what was read when it came back.
+        self._link: NativeLink | None = None
+        self._is_lent = False
+        self._borrower: Borrower | None = None
+        self._lent_key = 0
+        self._returned: list[Buffer] = []
         # What ended the stream.
         self._ended: asyncio.Future[Exception] | None = None
         self._opened: asyncio.Future[None] | None = None
@@ -123,17 +144,17 @@ class ExpertConnection:
     @property
     def ready(self) -> bool:
         """Whether frames can be posted."""
-        return self._is_connected and self._stream is not None
+        return self._is_connected and self._own_stream is not None
 
     @property
     def outstanding(self) -> int:
         """Frames that somebody waits for."""
-        return sum(sent.on_done is not None for sent in self._sent.values())
+        return sum(sent.on_done is not None for sent in self._sent.values()) + (self._borrower is not None)
 
     @property
     def is_idle(self) -> bool:
         """Whether everything that was sent is answered."""
-        return not self._sent
+        return not self._sent and self._borrower is None
 
     def busy_s(self) -> float:
         """How long the replica will take for what it was sent. One that is late is not expected to answer any sooner
@@ -173,6 +194,66 @@ class ExpertConnection:
             self._end_stream(error)
         else:
             self._watch()
+
+    def expect(
+        self, frame_id: int, on_done: Callable[[ComputeReply | ReplicaError], None] | None, size_class: int = 0
+    ) -> None:
+        """Wait for the reply to a frame that a borrower sent; on_done: None, nobody does. See post()."""
+        expected_s = self.times.expect_s(size_class) or FIRST_EXPECTED_S
+        self._sent[frame_id] = _SentFrame(on_done, self._loop.time(), size_class, expected_s)
+        self._expected_s += expected_s
+
+    def lend(self, borrower: Borrower, frame_id: int) -> NativeLink | None:
+        """The stream, for one frame; None unless it is open and nothing is on its way.
+
+        It stays lent until end_loan(), or until it is needed here.
+        """
+        if self._borrower is not None or self._sent or self._returned or not self._is_connected:
+            return None
+        if not self._is_lent:
+            stream, library = self._own_stream, load_library()
+            if stream is None or library is None or self._is_writer_added or (state := stream.lend()) is None:
+                return None
+            self._link = self._link or NativeLink(library)
+            self._link.open(stream.fileno(), state)
+            self._is_lent = True
+        self._borrower, self._lent_key = borrower, frame_id
+        self.num_sent += 1
+        return self._link
+
+    def end_loan(self, borrower: Borrower) -> None:
+        """The borrower is done. Does nothing if it has not got the stream."""
+        # The link stays as it is: most often it is lent again.
+        if self._borrower is borrower:
+            self._borrower = None
+
+    def note_answer(self, size_class: int, reply_s: float) -> None:
+        """A borrower's frame was answered after reply_s."""
+        self.times.record(size_class, reply_s)
+        self.answered_s = self._loop.time()
+
+    def take_back(self) -> None:
+        """Have the stream here again. Replies that were read meanwhile are delivered in the loop's next turn."""
+        if not self._is_lent:
+            return
+        self._is_lent = False
+        borrower, self._borrower = self._borrower, None
+        assert self._link is not None
+        if self._own_stream is not None:
+            try:
+                self._returned += self._link.close_into(self._own_stream, self._lent_key)
+            except (StreamEnded, OSError) as error:
+                self._loop.call_soon(self._end_stream, error)
+            self._loop.call_soon(self._read)
+        if borrower is not None:
+            borrower.on_taken_back()
+
+    @property
+    def _stream(self) -> MessageStream | None:
+        """The stream, which is not lent then."""
+        if self._is_lent:
+            self.take_back()
+        return self._own_stream
 
     @property
     def is_flushed(self) -> bool:
@@ -226,6 +307,7 @@ class ExpertConnection:
 
     def hand_over(self) -> None:
         """The replica left the table: fail what somebody waits for."""
+        self.take_back()
         for frame_id, sent in list(self._sent.items()):
             on_done = sent.on_done
             self.leave_behind(frame_id)
@@ -289,10 +371,10 @@ class ExpertConnection:
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 connection = await _connect(host.strip("[]"), int(port))
-                self._stream = MessageStream(connection, _OPENING, MAX_MESSAGE_BYTES)
+                self._own_stream = MessageStream(connection, _OPENING, MAX_MESSAGE_BYTES)
                 self._ended, self._opened = loop.create_future(), loop.create_future()
                 loop.add_reader(connection, self._read)
-                self._stream.flush()
+                self._own_stream.flush()
                 self._watch()
                 await asyncio.wait((self._opened, self._ended), return_when=asyncio.FIRST_COMPLETED)
                 if not self._ended.done():
@@ -325,11 +407,15 @@ class ExpertConnection:
 
     def _read(self) -> None:
         """The socket has something."""
+        if self._borrower is not None:
+            self._borrower.on_readable()
+            return
         stream = self._stream
         if stream is None:
             return
+        returned, self._returned = self._returned, []
         try:
-            for data in stream.receive():
+            for data in (*returned, *stream.receive()):
                 stream.consume(len(data))
                 self._deliver(decode_response(data))
                 if self._stream is not stream:  # whoever got the reply broke the stream
@@ -375,9 +461,10 @@ class ExpertConnection:
             self._ended.set_result(error)
 
     def _drop_stream(self) -> None:
-        stream, self._stream = self._stream, None
+        stream, self._own_stream = self._stream, None
         if stream is None:
             return
+        self._returned.clear()
         loop = asyncio.get_running_loop()
         loop.remove_reader(stream.socket)
         if self._is_writer_added:

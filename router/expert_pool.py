@@ -180,6 +180,13 @@ class ExpertPool:
         best = _find_first_done([c for c in usable if c not in avoid], size_class)
         return None if best is None else self._use(group_name, best)
 
+    def sole_connections(self) -> list[ExpertConnection] | None:
+        """By group, in the table's order; None unless every group has one replica, and that is connected."""
+        if not self._groups or any(len(group.connections) != 1 for group in self._groups.values()):
+            return None
+        found = [self.pick(name) for name in self._groups]
+        return None if None in found else [connection for connection in found if connection is not None]
+
     def pick_unmeasured(self, group_name: str, size_class: int, chosen: ExpertConnection) -> ExpertConnection | None:
         """A replica of the group that gets no frames because it was slow, and may have recovered; most often None."""
         usable = self._usable(group_name)

@@ -434,16 +434,25 @@ Scatter* shoal_scatter_new() { return new (std::nothrow) Scatter; }
 
 void shoal_scatter_free(Scatter* scatter) { delete scatter; }
 
+// The number of frames sent, negative if none is and Python is to send them.
 int32_t shoal_scatter(Scatter* scatter, const ScatterRequest* request) try {
     return scatter->send(*request);
 } catch (const std::bad_alloc&) {
-    return kLeftToPython;
+    return -1;
 }
 
 int32_t shoal_gather(Scatter* scatter, int32_t timeout_us, float* total) try {
     return scatter->gather(timeout_us, total);
 } catch (const std::bad_alloc&) {
     return kLeftToPython;
+}
+
+// Of a round that is done. pairs[group]: in its frame; reply_ns[group]: from sending to its answer.
+void shoal_scatter_times(const Scatter* scatter, int32_t num_groups, int32_t* pairs, int64_t* reply_ns) {
+    for (int group = 0; group < num_groups; ++group) {
+        pairs[group] = scatter->num_pairs(group);
+        reply_ns[group] = scatter->reply_ns(group);
+    }
 }
 
 // rows[group]: rows in its frame. answers[group]: where its answer lies, null if it is missing.

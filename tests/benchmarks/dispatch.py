@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import functools
 import json
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experts.expert_range import ExpertRange
 from experts.group import ExpertGroup
+from experts.kernels.cpu_build import FLAGS, SOURCE_FOLDER, CompilerMissing, compile_library
 from experts.model_config import ModelConfig
+from experts.native_serving import FrameFunction
 from experts.server import ExpertServer, ReplicaIdentity
 from experts.wire import ComputeFrame, WireFormat, encode_request, encode_response
 from router.dispatch import Dispatcher, DispatchOptions, to_wire
@@ -227,11 +232,30 @@ class EchoGroup:
     def __init__(self, hidden_size: int) -> None:
         self.hidden_size = hidden_size
 
+    @functools.cached_property
+    def frame_function(self) -> FrameFunction | None:
+        """As of a group with the native kernel, if a library can be built here."""
+        try:
+            library = build_echo()
+        except CompilerMissing:
+            return None
+        address = ctypes.cast(library.echo_frame, ctypes.c_void_p).value or 0
+        return FrameFunction(address, 0, torch.bfloat16, self.hidden_size, LAYER_ID + 1, NUM_EXPERTS, library)
+
     def check_frame(self, frame: ComputeFrame) -> None:
         pass
 
     def compute(self, frame: ComputeFrame) -> torch.Tensor:
         return frame.hidden_states if frame.scales is None else frame.load_hidden_states(torch.bfloat16)
+
+
+def build_echo() -> ctypes.CDLL:
+    """Raises CompilerMissing."""
+    source = Path(__file__).with_name("echo_frames.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "echo.so"
+        compile_library(source, (*FLAGS, f"-I{SOURCE_FOLDER / 'cpu'}"), library)
+        return ctypes.CDLL(str(library))
 
 
 def serve_experts(hidden_size: int, replica_id: str) -> None:

@@ -52,6 +52,13 @@ class Cluster:
                 server.stop(grace_s=0)
 
 
+@pytest.fixture(params=["native", "python"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every promise holds with and without the native library."""
+    if request.param == "python":
+        monkeypatch.setattr("router.native_scatter.load_library", lambda: None)
+
+
 @pytest.fixture
 def cluster(tiny_checkpoint: Path) -> Iterator[Cluster]:
     cluster = Cluster(tiny_checkpoint)

@@ -28,12 +28,14 @@ enum ScatterStatus : int32_t { kDone = 0, kWaiting = 1, kLeftToPython = 2 };
 
 class Scatter {
   public:
-    ScatterStatus send(const ScatterRequest& request) {
+    // The number of frames sent, negative if none is.
+    int send(const ScatterRequest& request) {
         request_ = request;
-        if (!plan()) return kLeftToPython;
+        if (!plan()) return -1;
         for (Part& part : parts_)
-            if (!part.rows.empty() && !encode(part)) return kLeftToPython;
+            if (!part.rows.empty() && !encode(part)) return -1;
         num_missing_ = 0;
+        sent_ns_ = now_ns();
         bool all_sent = true;
         for (Part& part : parts_) {
             if (part.rows.empty()) continue;
@@ -57,7 +59,7 @@ class Scatter {
                     all_sent &= part.link->out().empty();
                 }
         }
-        return kDone;
+        return num_missing_;
     }
 
     // kDone: total[num_tokens][hidden_size] is the sum. kWaiting: not within timeout_us.
@@ -100,11 +102,14 @@ class Scatter {
         }
         for (Part& part : parts_) part.polled = -1;
         add(total);
-        return kDone;
+        return is_finite(total, int64_t(request_.num_tokens) * request_.hidden_size) ? kDone : kLeftToPython;
     }
 
     int num_rows(int group) const { return int(parts_[size_t(group)].rows.size()); }
     bool is_missing(int group) const { return parts_[size_t(group)].is_missing; }
+    int num_pairs(int group) const { return int(parts_[size_t(group)].pair_rows.size()); }
+    // From sending to the answer.
+    int64_t reply_ns(int group) const { return parts_[size_t(group)].reply_ns; }
     // Where the answer of a group lies.
     const uint8_t* answer(int group) const {
         const Part& part = parts_[size_t(group)];
@@ -120,7 +125,7 @@ class Scatter {
         std::vector<float> pair_weights;
         uint8_t head[kStartBytes + kMostHeaderBytes + 16];
         std::vector<iovec> pieces;
-        int64_t message_bytes, answer_at;
+        int64_t message_bytes, answer_at, reply_ns;
         bool is_missing;
         int polled;
     };
@@ -210,11 +215,12 @@ class Scatter {
         if (!split_message(begin, message.size, fields, tensors, bytes)) return false;
         const uint64_t* value = fields.values;
         const int64_t num_rows = int64_t(part.rows.size());
-        if (value[1] != part.frame_id || value[3] != 1 || value[5] != uint64_t(num_rows) ||
+        if (value[1] != part.frame_id || value[2] != part.incarnation || value[3] != 1 || value[5] != uint64_t(num_rows) ||
             value[6] != uint64_t(r.hidden_size) || value[7] != uint64_t(r.reply_dtype) ||
             bytes != num_rows * r.hidden_size * wire_item_bytes(value[7]))
             return false;
         part.answer_at = tensors - part.link->data();
+        part.reply_ns = now_ns() - sent_ns_;
         return true;
     }
 
@@ -232,11 +238,23 @@ class Scatter {
                        row_ids_.data(), num_rows_.data(), request_.num_tokens, request_.hidden_size, total);
     }
 
+    static bool is_finite(const float* values, int64_t count) {
+        uint32_t largest = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, values + i, sizeof bits);
+            bits &= 0x7F800000;
+            largest = bits > largest ? bits : largest;
+        }
+        return largest != 0x7F800000;
+    }
+
     ScatterRequest request_{};
     std::vector<Part> parts_;
     std::vector<int> order_;
     std::vector<pollfd> polled_;
     int num_missing_ = 0;
+    int64_t sent_ns_ = 0;
     std::vector<const void*> answers_;
     std::vector<const int64_t*> row_ids_;
     std::vector<int64_t> num_rows_;
