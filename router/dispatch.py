@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -67,7 +68,7 @@ class DispatchOptions:
 
 
 class PostedFrame(NamedTuple):
-    """A frame on its way. sent_s, hedge_s, deadline_s: of the event loop's clock; hedge_s: from when on another replica
+    """A frame on its way. sent_s, hedge_s, deadline_s: of time.monotonic; hedge_s: from when on another replica
     shall be asked as well; None: never."""
 
     connection: ExpertConnection
@@ -235,7 +236,7 @@ class Dispatcher:
         self._saved_hedges = min(MAX_SAVED_HEDGES, self._saved_hedges + HEDGE_SHARE)
         size_class = get_size_class(len(frame.pair_rows))
         late_s = self._pool.late_point(group_name, size_class).late_s
-        now_s = asyncio.get_running_loop().time()
+        now_s = time.monotonic()
         timeout_s = self.first_timeout_s(layer)
         posted = PostedFrame(
             connection,
@@ -250,7 +251,7 @@ class Dispatcher:
 
     def note_answer(self, posted: PostedFrame, frame: GroupFrame, group_name: str) -> None:
         """It was the first good one."""
-        reply_s = asyncio.get_running_loop().time() - posted.sent_s
+        reply_s = time.monotonic() - posted.sent_s
         self._pool.late_point(group_name, get_size_class(len(frame.pair_rows))).record(reply_s)
 
     def first_timeout_s(self, layer: _Layer) -> float:
@@ -551,7 +552,7 @@ class PendingGather:
             self._timer = None
         if not self._posted:
             return
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         next_s = math.inf
         for index, posted in self._posted.items():
             next_s = min(next_s, posted.deadline_s)
@@ -559,7 +560,7 @@ class PendingGather:
                 # Where nobody else can be asked now, or the budget is spent: look again after as long.
                 again_s = now_s + max(posted.hedge_s - posted.sent_s, LEAST_HEDGE_S)
                 next_s = min(next_s, posted.hedge_s if posted.hedge_s > now_s else again_s)
-        self._timer = self._loop.call_at(next_s, self._look)
+        self._timer = self._loop.call_later(max(0.0, next_s - now_s), self._look)
 
     def _look(self) -> None:
         """Something is due: a copy to another replica, or the end of an attempt."""
@@ -567,7 +568,7 @@ class PendingGather:
         # This loop may have been busy, and the answers may lie in the sockets.
         for posted in list(self._posted.values()):
             posted.connection.read_now()
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         for index, posted in list(self._posted.items()):
             if self._posted.get(index) is not posted:
                 continue

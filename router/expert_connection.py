@@ -16,6 +16,7 @@ import asyncio
 import itertools
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -90,7 +91,7 @@ class Borrower(Protocol):
 
 @dataclass(slots=True)
 class _SentFrame:
-    """A frame without a reply. on_done: None once its caller waits no more; the replica works at it all the same.
+    """A frame without a reply. sent_s: of time.monotonic, since the loop's clock may stand still for a turn. on_done: None once its caller waits no more; the replica works at it all the same.
     expected_s: of the replica's time, when it was sent."""
 
     on_done: Callable[[ComputeReply | ReplicaError], None] | None
@@ -115,7 +116,7 @@ class ExpertConnection:
         self.replica = replica
         self.times = ServiceTimes()
         self.num_sent = 0
-        # Of the event loop's clock: when the replica last answered a frame.
+        # Of time.monotonic: when the replica last answered a frame.
         self.answered_s = 0.0
         self._is_connected = False
         self._hidden_size = hidden_size
@@ -162,7 +163,7 @@ class ExpertConnection:
         if not self._sent:
             return 0.0
         oldest = next(iter(self._sent.values()))
-        silent_s = self._loop.time() - max(oldest.sent_s, self.answered_s)
+        silent_s = time.monotonic() - max(oldest.sent_s, self.answered_s)
         is_late = silent_s > LATE_FACTOR * oldest.expected_s + LATE_S
         return self._expected_s + silent_s if is_late else self._expected_s
 
@@ -185,7 +186,7 @@ class ExpertConnection:
         if self._stream is None or not self._is_connected:
             raise ConnectionLost(f"replica {self.replica.replica_id} is not connected")
         expected_s = self.times.expect_s(size_class) or FIRST_EXPECTED_S
-        self._sent[frame_id] = _SentFrame(on_done, self._loop.time(), size_class, expected_s)
+        self._sent[frame_id] = _SentFrame(on_done, time.monotonic(), size_class, expected_s)
         self._expected_s += expected_s
         self.num_sent += 1
         try:
@@ -495,7 +496,7 @@ class ExpertConnection:
         sent = self._sent.pop(reply.frame_id, None)
         if sent is None:
             raise BadReply(f"replica {self.replica.replica_id} answered frame {reply.frame_id}, which it was not sent")
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         self._expected_s = self._expected_s - sent.expected_s if self._sent else 0.0
         if reply.status is ComputeStatus.OK:
             # It answers one after the other: a frame's turn comes when the one before is done.

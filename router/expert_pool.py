@@ -47,8 +47,8 @@ class PoolOptions(NamedTuple):
 
 
 class ReplicaTimes(NamedTuple):
-    """slowness: most that the replica takes of the time that the fastest one of its group takes for frames of a size;
-    frame_ms: for a frame of the size that came last; 0: not known yet."""
+    """slowness: most that the replica takes of the time that the fastest one of its group takes for frames of a size.
+    frame_ms: for a frame of the size that came last. Both 0: not known yet."""
 
     replica_id: str
     connected: bool
@@ -145,7 +145,9 @@ class ExpertPool:
             means = [connection.times.means_s for connection in group.connections]
             common = set.intersection(*map(set, means)) if means else set[int]()
             for connection, own in zip(group.connections, means, strict=True):
-                slowness = max((own[size] / min(mean[size] for mean in means) for size in common), default=0.0)
+                slowness = max(
+                    (own[size] / max(1e-9, min(mean[size] for mean in means)) for size in common), default=0.0
+                )
                 found.append(
                     ReplicaTimes(
                         connection.replica.replica_id,
@@ -193,7 +195,7 @@ class ExpertPool:
         if len(usable) < 2:
             return None
         chosen_s = chosen.times.expect_s(size_class) or 0.0
-        now_s = asyncio.get_running_loop().time()
+        now_s = time.monotonic()
         for connection in usable:
             if (
                 connection is not chosen

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ class Heartbeat(asyncio.Protocol):
         """Judge the pings sent so far and send another. Between two calls the loop has read what there was."""
         if self._is_over:
             return
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         is_late = self._due_s > 0 and now_s - self._due_s > self._options.interval_s * _LATE_SHARE
         if self._num_unanswered and is_late and not self._was_late:
             # The answer may lie in the socket: this loop had no time to read it.

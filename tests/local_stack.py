@@ -25,6 +25,7 @@ import grpc
 import httpx
 
 from router.v1 import router_pb2, router_pb2_grpc
+from tests.tcp_proxy import TcpProxy, tcp_proxy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Importing torch takes seconds on a busy machine; this only bounds a hang.
@@ -110,6 +111,9 @@ class StackOptions:
     """What a test may choose; the defaults are the exact mode used to compare numbers."""
 
     num_groups: int = 2
+    num_replicas: int = 1
+    # The process that the router reaches through a proxy; None: none.
+    proxied_expert: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     wire_dtype: Literal["float32", "bfloat16", "fp8", "fp8-both"] = "float32"
     combine: Literal["reduced", "exact"] = "reduced"
@@ -126,7 +130,8 @@ class StackOptions:
 
 @dataclass
 class LocalStack:
-    """A running stack. `experts[i]` serves group i and can be restarted on its own port."""
+    """A running stack. `experts[i]` is replica i % num_replicas of group i // num_replicas and can be restarted on its
+    own port."""
 
     checkpoint: Path
     options: StackOptions
@@ -137,6 +142,7 @@ class LocalStack:
     expert_ports: list[int]
     router_endpoint: str
     base_url: str
+    expert_proxy: TcpProxy | None = None
     _ready_lines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
@@ -151,7 +157,7 @@ class LocalStack:
         return grpc.insecure_channel(self.router_endpoint, options=[("grpc.use_local_subchannel_pool", 1)])
 
     def restart_expert(self, index: int) -> ManagedProcess:
-        """Start group `index` again on its old port, as a supervisor would. Does not wait until it is ready."""
+        """Start experts[index] again on its old port, as a supervisor would. Does not wait until it is ready."""
         if self.experts[index].is_running:
             raise ValueError(f"expert {index} is still running")
         process = ManagedProcess(
@@ -188,7 +194,13 @@ def local_stack(
         return process
 
     with contextlib.ExitStack() as reservations:
-        expert_ports = [reservations.enter_context(_reserved_port()) for _ in range(options.num_groups)]
+        num_experts = options.num_groups * options.num_replicas
+        expert_ports = [reservations.enter_context(_reserved_port()) for _ in range(num_experts)]
+        router_expert_ports, proxy = list(expert_ports), None
+        if options.proxied_expert is not None:
+            proxied = options.proxied_expert
+            proxy = reservations.enter_context(tcp_proxy([f"{HOST}:{expert_ports[proxied]}"]))
+            router_expert_ports[proxied] = int(proxy.endpoints[0].rpartition(":")[2])
         router_port = reservations.enter_context(_reserved_port())
         api_port = reservations.enter_context(_reserved_port())
         stack: LocalStack | None = None
@@ -197,7 +209,7 @@ def local_stack(
                 start(f"expert-{index}", expert_arguments(checkpoint, options, index, port))
                 for index, port in enumerate(expert_ports)
             ]
-            router = start("router", router_arguments(checkpoint, options, expert_ports, router_port))
+            router = start("router", router_arguments(checkpoint, options, router_expert_ports, router_port))
             api = start("api", api_arguments(checkpoint, [router_port], api_port)) if options.api else None
             stack = LocalStack(
                 checkpoint=checkpoint,
@@ -209,6 +221,7 @@ def local_stack(
                 expert_ports=expert_ports,
                 router_endpoint=f"{HOST}:{router_port}",
                 base_url=f"http://{HOST}:{api_port}",
+                expert_proxy=proxy,
             )
             for process in stack.processes():
                 process.wait_ready(deadline)
@@ -239,12 +252,13 @@ def stop_all(processes: Iterable[ManagedProcess]) -> None:
 
 def expert_arguments(checkpoint: Path, options: StackOptions, index: int, port: int) -> list[str]:
     num_experts: int = json.loads((checkpoint / "config.json").read_text())["n_routed_experts"]
-    start = index * num_experts // options.num_groups
-    end = (index + 1) * num_experts // options.num_groups
+    group, replica = divmod(index, options.num_replicas)
+    start = group * num_experts // options.num_groups
+    end = (group + 1) * num_experts // options.num_groups
     return [
         "experts",
         *("--checkpoint", str(checkpoint), "--experts", f"{start}:{end}"),
-        *("--group-name", f"g{index}", "--replica-id", f"g{index}-0"),
+        *("--group-name", f"g{group}", "--replica-id", f"g{group}-{replica}"),
         *("--host", HOST, "--port", str(port), "--dtype", options.dtype),
         *("--threads", str(options.expert_threads)),
     ]
