@@ -91,8 +91,8 @@ class Borrower(Protocol):
 
 @dataclass(slots=True)
 class _SentFrame:
-    """A frame without a reply. sent_s: of time.monotonic, since the loop's clock may stand still for a turn. on_done: None once its caller waits no more; the replica works at it all the same.
-    expected_s: of the replica's time, when it was sent."""
+    """A frame without a reply. on_done: None once its caller waits no more; the replica works at it all the same.
+    sent_s: of time.monotonic: the loop's clock may stand still for a turn. expected_s: of the replica's time."""
 
     on_done: Callable[[ComputeReply | ReplicaError], None] | None
     sent_s: float

@@ -13,7 +13,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from experts.http2_stream import PREFACE, make_frame
 
@@ -64,9 +64,9 @@ class Heartbeat(asyncio.Protocol):
         self._is_over = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(PREFACE + make_frame(_SETTINGS, 0, 0))
+        # uvloop's is none by its class.
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.write(PREFACE + make_frame(_SETTINGS, 0, 0))
         self._beat()
 
     def data_received(self, data: bytes) -> None:
