@@ -171,3 +171,20 @@ def test_a_router_that_goes_away_is_noticed(served: Served) -> None:
     while served.server.num_streams:
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def test_bytes_that_were_tampered_with_harm_nobody_else(served: Served) -> None:
+    """Any byte of frame header, prefix, message header and pairs may be wrong: other streams are served on."""
+    chosen = random.Random(11)
+    message = make_request(hidden_states=torch.ones(2, 192, dtype=served.dtype))
+    data = make_frame(0, 0, 1, b"\0" + len(message).to_bytes(4, "big") + message)
+    for _ in range(120):
+        tampered = bytearray(data)
+        for _ in range(chosen.choice([1, 1, 3])):
+            tampered[chosen.randrange(120)] = chosen.choice([0, 1, 0x7F, 0x80, 0xFF, chosen.randrange(256)])
+        other = RouterClient(served.server.endpoint)
+        other.send(message)
+        assert other.receive().status is ComputeStatus.OK
+        other._stream.socket.send(tampered)  # pyright: ignore[reportPrivateUsage]
+        other.close()
+        assert served.ask().status is ComputeStatus.OK
