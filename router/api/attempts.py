@@ -97,12 +97,13 @@ class Attempts:
         """What the client is told."""
         if FailureKind.NO_EXPERTS in self._kinds:
             return Unavailable("Experts of the model are not served at the moment.", retry_after_s=retry_after_s)
-        if self._kinds == {FailureKind.OVERLOADED}:
+        if FailureKind.OVERLOADED in self._kinds:
             return Overloaded("The server is at its limit of waiting requests.", retry_after_s=retry_after_s)
         return Unavailable("No router can take the request at the moment.", retry_after_s=retry_after_s)
 
     def _is_final(self) -> bool:
-        """Whether waiting is not what helps: every router has waited for experts already, or nobody has room for
-        another request. One that a router had taken waits for room in spite of that."""
-        final = {FailureKind.NO_EXPERTS} if self._is_accepted else {FailureKind.NO_EXPERTS, FailureKind.OVERLOADED}
-        return bool(self._kinds) and self._kinds <= final
+        """Whether the answer of a router that lives is that waiting does not help. A new request is then turned away
+        while others may be starting. One that a router had taken waits for those, and for room."""
+        if self._is_accepted:
+            return self._kinds == {FailureKind.NO_EXPERTS}
+        return FailureKind.NO_EXPERTS in self._kinds or FailureKind.OVERLOADED in self._kinds

@@ -37,7 +37,9 @@ async def test_nobody_waits_where_no_router_is_known_for_ever() -> None:
     [
         ((FailureKind.NO_EXPERTS, FailureKind.NO_EXPERTS), Unavailable),
         ((FailureKind.NO_EXPERTS, FailureKind.OVERLOADED), Unavailable),
+        ((FailureKind.NO_EXPERTS, FailureKind.UNREACHED), Unavailable),
         ((FailureKind.OVERLOADED, FailureKind.OVERLOADED), Overloaded),
+        ((FailureKind.REFUSED, FailureKind.OVERLOADED), Overloaded),
     ],
 )
 async def test_waiting_ends_at_once_where_it_does_not_help(
@@ -50,10 +52,17 @@ async def test_waiting_ends_at_once_where_it_does_not_help(
     assert attempts.error(2).headers == {"Retry-After": "2"}
 
 
-@pytest.mark.parametrize("kind", [FailureKind.LOST, FailureKind.REFUSED, FailureKind.UNREACHED])
-async def test_a_router_that_may_come_back_is_waited_for(kind: FailureKind) -> None:
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (FailureKind.LOST, FailureKind.NO_EXPERTS),
+        (FailureKind.LOST, FailureKind.OVERLOADED),
+        (FailureKind.REFUSED, FailureKind.UNREACHED),
+    ],
+)
+async def test_a_router_that_may_come_back_is_waited_for(kinds: tuple[FailureKind, ...]) -> None:
     attempts = Attempts(router_wait_s=30.0)
-    fail(attempts, kind, FailureKind.NO_EXPERTS)
+    fail(attempts, *kinds)
     assert await attempts.pause(100.0)
 
 
