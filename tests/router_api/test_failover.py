@@ -244,7 +244,8 @@ def test_wherever_a_stream_is_cut_the_answer_is_the_same(
         router.requests.clear()
         router.script = in_turn(cut, whole)
     assert complete(cluster, stream=stream, **ASKED) == undisturbed
-    assert sum(cluster.num_requests) == (2 if lost_after == NUM_TOKENS else 4)
+    # How many more there are depends on which choice meets which script.
+    assert (sum(cluster.num_requests) > 2) is (lost_after < NUM_TOKENS)
 
 
 @pytest.mark.parametrize("stream", [False, True])
