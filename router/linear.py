@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -216,12 +215,4 @@ class NativeMlp:
     layer: cpu_ffn.PackedLayer
 
     def __call__(self, x: Tensor) -> Tensor:
-        num_rows = x.shape[0]
-        return self.kernel.expert_ffn(
-            x,
-            np.arange(num_rows, dtype=np.int32),
-            np.zeros(num_rows, dtype=np.int32),
-            np.ones(num_rows, dtype=np.float32),
-            self.layer,
-            exact=False,
-        )
+        return self.kernel.mlp(x, self.layer)

@@ -138,6 +138,7 @@ class PackedLayer(Mapping[int, PackedExpert]):
         self.down = describe_matrices([expert.down for expert in self._experts.values()])
         self.slots = np.full(max(self._experts) + 1, -1, dtype=np.int32)
         self.slots[list(self._experts)] = np.arange(len(self._experts), dtype=np.int32)
+        self.slots_address: int = self.slots.ctypes.data
 
     def __getitem__(self, expert_id: int) -> PackedExpert:
         return self._experts[expert_id]
@@ -147,6 +148,14 @@ class PackedLayer(Mapping[int, PackedExpert]):
 
     def __len__(self) -> int:
         return len(self._experts)
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a call as the library takes them. addresses: of rows, experts and weights, valid while this lives."""
+
+    count: int
+    addresses: tuple[int, int, int]
+    kept_alive: object
 
 
 class WeightArena:
@@ -269,15 +278,18 @@ class CpuKernel:
         Returns float32: [num_pairs, hidden] in pair order if exact, else each row's sum in ascending expert order
         [num_rows, hidden]. Raises ValueError for arguments that do not fit.
         """
+        return self._expert_ffn(hidden_states, _make_pairs(pair_rows, pair_experts, pair_weights), layer, exact)
+
+    def mlp(self, hidden_states: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
+        """expert_ffn with the layer's expert 0 for every row, weighted with 1. Returns float32 [num_rows, hidden]."""
+        return self._expert_ffn(hidden_states, _make_dense_pairs(hidden_states.shape[0]), layer, False)
+
+    def _expert_ffn(self, hidden_states: torch.Tensor, pairs: _Pairs, layer: PackedLayer, exact: bool) -> torch.Tensor:
         num_rows, hidden_size = hidden_states.shape
         if hidden_size != layer.hidden_size:
             raise ValueError(f"hidden size: expected {layer.hidden_size}, got {hidden_size}")
         hidden_states = hidden_states.contiguous()
-        rows, experts = _as_vector(pair_rows, np.int32), _as_vector(pair_experts, np.int32)
-        weights = _as_vector(pair_weights, np.float32)
-        if not len(rows) == len(experts) == len(weights):
-            raise ValueError(f"pairs: {len(rows)} rows, {len(experts)} experts, {len(weights)} weights")
-        result = torch.empty(len(rows) if exact else num_rows, hidden_size, dtype=torch.float32)
+        result = torch.empty(pairs.count if exact else num_rows, hidden_size, dtype=torch.float32)
         if not result.numel():
             return result
         self._check(
@@ -286,16 +298,14 @@ class CpuKernel:
                 self.arithmetic_number,
                 layer.gate_up,
                 layer.down,
-                layer.slots.ctypes.data,
+                layer.slots_address,
                 len(layer.slots),
                 len(layer),
                 hidden_states.data_ptr(),
                 _DTYPES[hidden_states.dtype],
                 num_rows,
-                rows.ctypes.data,
-                experts.ctypes.data,
-                weights.ctypes.data,
-                len(rows),
+                *pairs.addresses,
+                pairs.count,
                 exact,
                 result.data_ptr(),
             )
@@ -482,6 +492,24 @@ def _count_cells(shape: tuple[int, int], dtype: torch.dtype, paired: bool) -> tu
     """Number of cells, and bytes of one."""
     rows_per_panel = HALF_PANEL_ROWS if paired else PANEL_ROWS
     return -(-shape[0] // rows_per_panel) * -(-shape[1] // BLOCK_COLUMNS), PANEL_ROWS * BLOCK_COLUMNS << _KINDS[dtype]
+
+
+def _make_pairs(pair_rows: np.ndarray, pair_experts: np.ndarray, pair_weights: np.ndarray) -> _Pairs:
+    """Raises ValueError if their lengths differ."""
+    rows, experts = _as_vector(pair_rows, np.int32), _as_vector(pair_experts, np.int32)
+    weights = _as_vector(pair_weights, np.float32)
+    if not len(rows) == len(experts) == len(weights):
+        raise ValueError(f"pairs: {len(rows)} rows, {len(experts)} experts, {len(weights)} weights")
+    addresses = (rows.ctypes.data, experts.ctypes.data, weights.ctypes.data)
+    return _Pairs(len(rows), addresses, (rows, experts, weights))
+
+
+@functools.lru_cache(maxsize=128)
+def _make_dense_pairs(num_rows: int) -> _Pairs:
+    """Every row with expert 0 and weight 1. Kept for the sizes in use: each layer of each step asks for them."""
+    return _make_pairs(
+        np.arange(num_rows, dtype=np.int32), np.zeros(num_rows, dtype=np.int32), np.ones(num_rows, dtype=np.float32)
+    )
 
 
 def _as_vector(values: np.ndarray, dtype: type) -> np.ndarray:
