@@ -146,7 +146,12 @@ class Dispatcher:
             asked.layer_id, asked.hidden_states, asked.topk_ids, asked.topk_weights, asked.started_s
         )
         pending = PendingGather(self, layer)
-        pending.adopt(frames, asked)
+        if frames:
+            pending.adopt(frames, asked)
+        else:
+            self.counters.num_retries += 1
+            self.counters.count_error(BadReply("a sum is not finite"))
+            pending.start()
         return pending
 
     def plan(self, layer: _Layer) -> list[GroupFrame]:

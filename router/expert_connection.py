@@ -201,7 +201,7 @@ class ExpertConnection:
     ) -> None:
         """Wait for the reply to a frame that a borrower sent; on_done: None, nobody does. See post()."""
         expected_s = self.times.expect_s(size_class) or FIRST_EXPECTED_S
-        self._sent[frame_id] = _SentFrame(on_done, self._loop.time(), size_class, expected_s)
+        self._sent[frame_id] = _SentFrame(on_done, time.monotonic(), size_class, expected_s)
         self._expected_s += expected_s
 
     def lend(self, borrower: Borrower, frame_id: int) -> NativeLink | None:
@@ -231,7 +231,7 @@ class ExpertConnection:
     def note_answer(self, size_class: int, reply_s: float) -> None:
         """A borrower's frame was answered after reply_s."""
         self.times.record(size_class, reply_s)
-        self.answered_s = self._loop.time()
+        self.answered_s = time.monotonic()
 
     def take_back(self) -> None:
         """Have the stream here again. Replies that were read meanwhile are delivered in the loop's next turn."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, Protocol
@@ -79,7 +80,7 @@ class Successor(Protocol):
     """Who goes on with a round."""
 
     def __call__(self, asked: Asked, frames: dict[int, SentFrame]) -> Gather:
-        """frames: by index of the group in the table."""
+        """frames: by index of the group in the table; empty: ask everybody again."""
         ...
 
 
@@ -252,6 +253,10 @@ class NativeRound:
         if self._successor is not None:
             return await self._successor.gather()
         assert self._total is not None
+        if not math.isfinite(self._total.sum().item()) and self._asked.hidden_states.isfinite().all():
+            # Somebody answered nonsense, or the weights make this of the rows: that is found out elsewhere.
+            self._successor = scatter.go_on(self._asked, {})
+            return await self._successor.gather()
         return self._total
 
     def abandon(self) -> None:

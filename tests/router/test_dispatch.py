@@ -239,15 +239,18 @@ async def test_a_silent_replica_that_takes_all_the_time_leaves_one_try_for_the_o
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER, Fault.OVERLOADED, Fault.WRONG_SHAPE, Fault.GARBLED]
+    "fault",
+    [Fault.DIE_BEFORE, Fault.DIE_AFTER, Fault.OVERLOADED, Fault.WRONG_SHAPE, Fault.GARBLED, Fault.NOT_FINITE],
 )
 async def test_the_only_replica_is_asked_again(cluster: Cluster, fault: Fault) -> None:
     asked = spread(cluster.config)
     async with dispatching(cluster) as (dispatcher, _):
         expected = await run(dispatcher, asked)
-        cluster.servers[0][0].fault, cluster.servers[0][0].num_faults = fault, 2
+        # What is not finite twice is what the weights make of the rows.
+        num_faults = 1 if fault is Fault.NOT_FINITE else 2
+        cluster.servers[0][0].fault, cluster.servers[0][0].num_faults = fault, num_faults
         assert torch.equal(await run(dispatcher, asked), expected)
-        assert dispatcher.counters.num_retries == 2
+        assert dispatcher.counters.num_retries == num_faults
 
 
 async def test_without_a_replica_the_request_fails_after_the_wait_and_works_when_one_is_back(cluster: Cluster) -> None:
