@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import socket
 import threading
@@ -156,7 +157,10 @@ class RouterStreams:
                     if (stream := self._streams.get(number)) is not None:
                         self._settle(stream)
         except Exception:
-            logger.exception("the thread of the routers' streams ends")
+            logger.critical("the thread of the routers' streams failed", exc_info=True)
+            if not self._is_closing:
+                # A replica that lives without it is asked again and again, answers nobody and is never restarted.
+                os._exit(1)
         finally:
             for stream in list(self._streams.values()):
                 self._drop(stream, [make_trailers(UNAVAILABLE, "the expert server stops")])
