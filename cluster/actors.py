@@ -42,12 +42,14 @@ class ExpertReplica:
         try:
             import torch
 
+            from experts.allocator import keep_large_buffers
             from experts.checkpoint import Checkpoint
             from experts.device import resolve_device
             from experts.group import ExpertGroup
             from experts.server import ExpertServer, ReplicaIdentity
             from experts.weights import load_expert_weights
 
+            keep_large_buffers()
             torch.set_num_threads(spec.expert_threads)
             device = resolve_device(_get_device_setting(spec))
             with Checkpoint(Path(spec.checkpoint)) as checkpoint:
@@ -92,10 +94,12 @@ class Router:
         try:
             import torch
 
+            from experts.allocator import keep_large_buffers
             from experts.wire import WireFormat
             from router.heartbeat import HeartbeatOptions
             from router.server import RouterConfig, RouterServer
 
+            keep_large_buffers()
             self._server = RouterServer(
                 RouterConfig(
                     checkpoint=spec.checkpoint,

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from experts.allocator import keep_large_buffers
 from experts.checkpoint import Checkpoint
 from experts.errors import ConfigError, ExpertsError
 from experts.expert_range import ExpertRange, list_hosted_pairs
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    keep_large_buffers()
     stop_requested = threading.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: stop_requested.set())

@@ -16,6 +16,7 @@ import threading
 
 import torch
 
+from experts.allocator import keep_large_buffers
 from experts.errors import ExpertsError
 from experts.wire import WireFormat
 from router.heartbeat import HeartbeatOptions
@@ -102,6 +103,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config, drain_timeout_s = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    keep_large_buffers()
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())

@@ -24,8 +24,10 @@ FORGETTING = 0.01
 # Step times kept per depth; the median counts, so that one slow step means nothing.
 MAX_SAMPLES = 7
 MIN_SAMPLES = 3
-# Steps between two looks at a depth beside the best one, and how many steps a look takes.
-PROBE_INTERVAL = 200
+# Steps until the first look at a depth beside the best one, until any later one at most (each waits twice as long as the
+# one before: the first few step times are those of a machine that warms up), and how many steps a look takes.
+FIRST_PROBE_AFTER = 16
+PROBE_INTERVAL = 256
 PROBE_STEPS = 5
 # Part of what a depth costs that grows with its sequences; the rest is paid by the first of them.
 COST_PER_SEQUENCE = 0.5
@@ -52,6 +54,8 @@ class _StepTimes:
 
     seconds: list[deque[float]]
     num_steps: int = 0
+    next_probe: int = FIRST_PROBE_AFTER
+    probe_interval: int = FIRST_PROBE_AFTER
     last_probed: dict[int, int] = field(default_factory=dict[int, int])
 
     def is_known(self, depth: int) -> bool:
@@ -121,7 +125,9 @@ class DraftPolicy:
         deeper = best + 1
         if deeper <= self._max_depth and not times.is_known(deeper):
             return deeper
-        if times.num_steps % PROBE_INTERVAL == 0:
+        if times.num_steps >= times.next_probe:
+            times.probe_interval = min(2 * times.probe_interval, PROBE_INTERVAL)
+            times.next_probe = times.num_steps + times.probe_interval
             beside = [depth for depth in (best - 1, best + 1) if 0 <= depth <= self._max_depth]
             oldest = min(beside, key=lambda depth: times.last_probed.get(depth, 0))
             times.last_probed[oldest] = times.num_steps

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.data_plane_env import DATA_PLANE_ENV
+from experts.allocator import keep_large_buffers
 from tests.benchmarks.report import REPOSITORY
 
 START_TIMEOUT_S = 300.0
@@ -97,9 +98,11 @@ def answer_questions(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None
 
 
 def restart_with_data_plane_env() -> None:
-    """Give this process the environment of the cluster's own; it is read at start, so a set one stays as it is."""
+    """Give this process the environment and the allocator of the cluster's own; a variable is read at start, so a set
+    one stays as it is."""
     if any(os.environ.get(name) != value for name, value in DATA_PLANE_ENV.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **DATA_PLANE_ENV})
+    keep_large_buffers()
 
 
 class PeakMemory:

@@ -129,8 +129,8 @@ def test_banned_ids_are_never_drawn_and_logits_stay(temperature: float) -> None:
 
 def test_noise_is_standard_gumbel_without_visible_correlation() -> None:
     """Neighbouring seeds, positions and token ids feed the hash almost equal inputs."""
-    by_position = gumbel_noise([1] * 400, list(range(400)), 400).double()
-    by_seed = gumbel_noise(list(range(400)), [1] * 400, 400).double()
+    by_position = gumbel_noise([1] * 400, list(range(400)), torch.arange(400)).double()
+    by_seed = gumbel_noise(list(range(400)), [1] * 400, torch.arange(400)).double()
 
     for noise in (by_position, by_seed):
         assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
@@ -140,7 +140,29 @@ def test_noise_is_standard_gumbel_without_visible_correlation() -> None:
         assert abs((centred[1:] * centred[:-1]).mean().item()) < 0.012
         assert abs((centred[:, 1:] * centred[:, :-1]).mean().item()) < 0.012
     # (seed, position) is no sum: exchanging the two gives other noise.
-    assert not torch.equal(gumbel_noise([1], [2], 8), gumbel_noise([2], [1], 8))
+    assert not torch.equal(gumbel_noise([1], [2], torch.arange(8)), gumbel_noise([2], [1], torch.arange(8)))
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.5}, {"top_p": 0.95}, {"top_k": 40, "top_p": 0.9}, {"top_k": 700}], ids=str
+)
+def test_filters_keep_the_same_tokens_however_many_there_are(spread: float, filters: dict[str, Any]) -> None:
+    """Of 3,000 tokens only the best few are put in order, unless the distribution is too flat for that."""
+    num_rows, vocab_size = 16, 3000
+    logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(2)) * spread
+    rows = [SampleRow(params(seed=row, **filters), row, ()) for row in range(num_rows)]
+
+    expected: list[int] = []
+    for row in range(num_rows):
+        ordered, token_ids = logits[row].double().sort(descending=True)
+        ordered = ordered[: filters.get("top_k") or vocab_size]
+        mass = ordered.softmax(-1)
+        kept = token_ids[: len(ordered)][mass.cumsum(-1) - mass < filters.get("top_p", 1.0)]
+        noise = gumbel_noise([row], [row], torch.arange(vocab_size))[0]
+        expected.append(int(kept[(logits[row] + noise)[kept].argmax()]))
+
+    assert sample(logits, rows).tolist() == expected
 
 
 def test_logprobs_are_the_models_own_and_agree_with_the_alternatives() -> None:
