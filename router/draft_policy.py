@@ -24,8 +24,8 @@ FORGETTING = 0.01
 # Step times kept per depth; the median counts, so that one slow step means nothing.
 MAX_SAMPLES = 7
 MIN_SAMPLES = 3
-# Steps until the first look at a depth beside the best one, until any later one at most (each waits twice as long as the
-# one before: the first few step times are those of a machine that warms up), and how many steps a look takes.
+# Steps until the first look at a depth beside the best one, until any later one at most (each waits twice as long as
+# the one before: the first few step times are those of a machine that warms up), and how many steps a look takes.
 FIRST_PROBE_AFTER = 16
 PROBE_INTERVAL = 256
 PROBE_STEPS = 5

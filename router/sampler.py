@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from experts.kernels.cpu_ffn import load_library
 from router.penalties import BiasedRow, LogitBias, PenalisedRow, Penalties, add_biases_, penalise_
 from router.token_counts import TokenCounts
 
@@ -87,7 +89,31 @@ def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     return logits
 
 
+# As struct SampleRow in experts/kernels/cpu/sample.h.
+_NATIVE_ROW = np.dtype(
+    [("temperature", "<f4"), ("top_p", "<f4"), ("min_p", "<f4"), ("top_k", "<i4"), ("key", "<u8")], align=True
+)
+
+
 def _sample_random(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    library = load_library()
+    if library is None or logits.device.type != "cpu":
+        return sample_in_torch(logits, rows)
+    logits = logits.contiguous()
+    settings = np.array(
+        [(p.temperature, p.top_p, p.min_p, p.top_k, _key(p.seed, position)) for p, position, *_ in rows], _NATIVE_ROW
+    )
+    token_ids = torch.empty(len(rows), dtype=torch.int64)
+    num_rows, vocab_size = logits.shape
+    if library.shoal_sample(
+        logits.data_ptr(), vocab_size, num_rows, vocab_size, settings.ctypes.data, token_ids.data_ptr()
+    ):
+        raise MemoryError("no memory to sample")
+    return token_ids
+
+
+def sample_in_torch(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """The same choice where the native library is not to be had; logits as close as rounding may fall either way."""
     params = [row.params for row in rows]
     # Distances from the best token, which thus stays at 0: a temperature near 0 would make several logits infinite.
     below_best = logits - logits.amax(dim=-1, keepdim=True)
@@ -151,9 +177,7 @@ def _keep_top(tempered: Tensor, params: Sequence[SamplingParams], count: int) ->
 def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], token_ids: Tensor) -> Tensor:
     """token_ids: [num_tokens] or [num_rows, num_tokens] int64. Returns [num_rows, num_tokens] float32 standard Gumbel
     noise, a pure function of (seed, position, token id)."""
-    keys = torch.tensor(
-        [_as_int64(_mix_int(seed ^ _mix_int(position))) for seed, position in zip(seeds, positions, strict=True)]
-    )
+    keys = torch.tensor([_as_int64(_key(seed, position)) for seed, position in zip(seeds, positions, strict=True)])
     bits = _mix(keys.unsqueeze(1) + (token_ids + 1) * _as_int64(_GOLDEN))
     uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)  # in (0, 1)
     return uniform.log_().neg_().log_().neg_().float()
@@ -164,6 +188,11 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+
+
+def _key(seed: int, position: int) -> int:
+    """Unsigned 64 bits: what the noise of a token's row is drawn with."""
+    return _mix_int(seed ^ _mix_int(position))
 
 
 def _as_int64(value: int) -> int:

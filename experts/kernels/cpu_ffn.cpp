@@ -15,6 +15,7 @@
 #include "cpu/pool.h"
 #include "cpu/rows.h"
 #include "cpu/row_sums.h"
+#include "cpu/sample.h"
 #include "cpu/scatter.h"
 #include "cpu/serve.h"
 

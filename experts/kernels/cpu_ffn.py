@@ -462,6 +462,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         *(integer, integer, address, address, address, ctypes.c_int64, ctypes.c_int64, address),
     )
     library.shoal_add_rows.restype = None
+    library.shoal_sample.argtypes = (address, ctypes.c_int64, integer, integer, address, address)
     for name in ("shoal_link_new", "shoal_server_new", "shoal_scatter_new"):
         getattr(library, name).restype = address
     for name in (

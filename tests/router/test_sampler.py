@@ -1,12 +1,13 @@
 """The sampler draws from the distribution it names, and a token depends on its own (seed, position) only."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from router.sampler import SampleRow, SamplingParams, compute_logprobs, gumbel_noise, sample
+from router.sampler import SampleRow, SamplingParams, compute_logprobs, gumbel_noise, sample, sample_in_torch
 
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -4.0])
 NUM_DRAWS = 20_000
@@ -143,11 +144,16 @@ def test_noise_is_standard_gumbel_without_visible_correlation() -> None:
     assert not torch.equal(gumbel_noise([1], [2], torch.arange(8)), gumbel_noise([2], [1], torch.arange(8)))
 
 
+@pytest.mark.parametrize("choose", [sample, sample_in_torch])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
 @pytest.mark.parametrize(
-    "filters", [{"top_p": 0.5}, {"top_p": 0.95}, {"top_k": 40, "top_p": 0.9}, {"top_k": 700}], ids=str
+    "filters",
+    [{"top_p": 0.5}, {"top_p": 0.95}, {"top_k": 40, "top_p": 0.9}, {"top_k": 700}, {"min_p": 0.02}, {}],
+    ids=str,
 )
-def test_filters_keep_the_same_tokens_however_many_there_are(spread: float, filters: dict[str, Any]) -> None:
+def test_filters_keep_the_same_tokens_however_many_there_are(
+    filters: dict[str, Any], spread: float, choose: Callable[[torch.Tensor, list[SampleRow]], torch.Tensor]
+) -> None:
     """Of 3,000 tokens only the best few are put in order, unless the distribution is too flat for that."""
     num_rows, vocab_size = 16, 3000
     logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(2)) * spread
@@ -158,11 +164,12 @@ def test_filters_keep_the_same_tokens_however_many_there_are(spread: float, filt
         ordered, token_ids = logits[row].double().sort(descending=True)
         ordered = ordered[: filters.get("top_k") or vocab_size]
         mass = ordered.softmax(-1)
-        kept = token_ids[: len(ordered)][mass.cumsum(-1) - mass < filters.get("top_p", 1.0)]
+        is_kept = (mass.cumsum(-1) - mass < filters.get("top_p", 2.0)) & (mass >= filters.get("min_p", 0) * mass[0])
+        kept = token_ids[: len(ordered)][is_kept]
         noise = gumbel_noise([row], [row], torch.arange(vocab_size))[0]
         expected.append(int(kept[(logits[row] + noise)[kept].argmax()]))
 
-    assert sample(logits, rows).tolist() == expected
+    assert choose(logits, rows).tolist() == expected
 
 
 def test_logprobs_are_the_models_own_and_agree_with_the_alternatives() -> None:

@@ -1,0 +1,167 @@
+// Draws one token per row of logits: the best of tempered logit + Gumbel noise among the tokens that the filters keep.
+// router/sampler.py says what it means and does the same with torch where this library is not to be had.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace shoal {
+
+struct SampleRow {
+    float temperature, top_p, min_p;
+    int32_t top_k;
+    uint64_t key;  // of the noise: a hash of seed and position
+};
+
+// splitmix64, as in router/sampler.py.
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
+
+inline uint64_t mix(uint64_t value) {
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB;
+    return value ^ (value >> 31);
+}
+
+inline float gumbel_noise(uint64_t key, int32_t token_id) {
+    const uint64_t bits = mix(key + (uint64_t(token_id) + 1) * kGolden);
+    const double uniform = (double(bits >> 11) + 0.5) * 0x1p-53;
+    return float(-std::log(-std::log(uniform)));
+}
+
+// e^x for x <= 0, to about 2 units in the last place; plain arithmetic, so that the compiler makes vectors of it.
+__attribute__((always_inline)) inline float exp_below_one(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    const float n = std::floor(x * 1.44269504f + 0.5f);
+    const float r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const int32_t bits = (int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+#if defined(__x86_64__)
+#define SHOAL_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define SHOAL_CLONES
+#endif
+
+SHOAL_CLONES inline float find_best(const float* logits, int32_t size) {
+    float best = logits[0];
+    for (int32_t i = 1; i < size; ++i) best = logits[i] > best ? logits[i] : best;
+    return best;
+}
+
+SHOAL_CLONES inline void temper(const float* logits, float best, float temperature, int32_t size, float* tempered) {
+    for (int32_t i = 0; i < size; ++i) tempered[i] = (logits[i] - best) / temperature;
+}
+
+// Of those at or above the floor, in an order that no instruction set changes: sixteen sums side by side.
+SHOAL_CLONES inline double sum_of_exp(const float* tempered, int32_t size, float floor) {
+    float sums[16] = {};
+    int32_t i = 0;
+    for (; i + 16 <= size; i += 16)
+        for (int32_t lane = 0; lane < 16; ++lane) {
+            const float value = tempered[i + lane];
+            sums[lane] += value >= floor ? exp_below_one(value) : 0.0f;
+        }
+    double total = 0;
+    for (; i < size; ++i) total += tempered[i] >= floor ? exp_below_one(tempered[i]) : 0.0f;
+    for (float sum : sums) total += sum;
+    return total;
+}
+
+class Sampler {
+  public:
+    int32_t draw(const float* logits, int32_t vocab_size, const SampleRow& row) {
+        // Distances from the best token, which stays at 0: a temperature near 0 would make several logits infinite.
+        tempered_.resize(vocab_size);
+        float* tempered = tempered_.data();
+        temper(logits, find_best(logits, vocab_size), row.temperature, vocab_size, tempered);
+        const float floor = row.min_p > 0 ? std::log(row.min_p) : -INFINITY;
+        if (row.top_k <= 0 && row.top_p >= 1) {
+            Choice choice;
+            for (int32_t i = 0; i < vocab_size; ++i)
+                if (tempered[i] >= floor) choice.offer(tempered[i], i, row.key);
+            return choice.token_id;
+        }
+        const int32_t num_kept = keep_top(vocab_size, floor, row);
+        Choice choice;
+        for (int32_t i = 0; i < num_kept; ++i) choice.offer(kept_[i].logit, kept_[i].token_id, row.key);
+        return choice.token_id;
+    }
+
+  private:
+    struct Candidate {
+        float logit;
+        int32_t token_id;
+        // Best first, of equals the lower id.
+        bool operator<(const Candidate& other) const {
+            return logit > other.logit || (logit == other.logit && token_id < other.token_id);
+        }
+    };
+
+    struct Choice {
+        float score = -INFINITY;
+        int32_t token_id = 0;
+        void offer(float logit, int32_t id, uint64_t key) {
+            if (logit == -INFINITY) return;
+            const float with_noise = logit + gumbel_noise(key, id);
+            if (with_noise > score) score = with_noise, token_id = id;
+        }
+    };
+
+    // Leaves what top-k and top-p keep, best first, at the front of kept_; returns how many these are. Only the best few
+    // are put in order: those down to a depth that grows until it reaches far enough.
+    int32_t keep_top(int32_t vocab_size, float floor, const SampleRow& row) {
+        const float* tempered = tempered_.data();
+        double mass = 0;
+        if (row.top_k <= 0) mass = sum_of_exp(tempered, vocab_size, floor);
+        for (float depth = 4;; depth *= 2) {
+            const float least = std::max(floor, -depth);
+            kept_.clear();
+            for (int32_t i = 0; i < vocab_size; ++i)
+                if (tempered[i] >= least) kept_.push_back({tempered[i], i});
+            const bool is_all = least == floor || depth > 1e6f || int32_t(kept_.size()) == vocab_size;
+            if (row.top_k > 0 && int32_t(kept_.size()) < row.top_k && !is_all) continue;
+            std::sort(kept_.begin(), kept_.end());
+            int32_t count = int32_t(kept_.size());
+            if (row.top_k > 0) {
+                count = std::min(count, row.top_k);
+                mass = 0;
+                for (int32_t i = 0; i < count; ++i) mass += exp_below_one(kept_[i].logit);
+            }
+            if (row.top_p >= 1) return count;
+            double before = 0;  // mass of the better tokens
+            for (int32_t i = 0; i < count; ++i) {
+                if (i && before >= double(row.top_p) * mass) return i;
+                before += exp_below_one(kept_[i].logit);
+            }
+            if (row.top_k > 0 || is_all || before >= double(row.top_p) * mass) return count;
+        }
+    }
+
+    std::vector<float> tempered_;
+    std::vector<Candidate> kept_;
+};
+
+}  // namespace shoal
+
+// logits: [num_rows, vocab_size] fp32, rows `stride` elements apart. token_ids: [num_rows]. Each row by itself.
+extern "C" int32_t shoal_sample(const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
+                                const shoal::SampleRow* rows, int64_t* token_ids) try {
+    static thread_local shoal::Sampler sampler;
+    for (int32_t row = 0; row < num_rows; ++row)
+        token_ids[row] = sampler.draw(logits + row * stride, vocab_size, rows[row]);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
