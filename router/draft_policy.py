@@ -29,6 +29,9 @@ MIN_SAMPLES = 3
 FIRST_PROBE_AFTER = 16
 PROBE_INTERVAL = 256
 PROBE_STEPS = 5
+# Drafts have to promise so much more tokens per second than none: what step times do not tell (a draft layer that
+# follows along, steps that fit two numbers of sequences) is paid from it.
+WORTH_DRAFTING = 1.05
 # Part of what a depth costs that grows with its sequences; the rest is paid by the first of them.
 COST_PER_SEQUENCE = 0.5
 
@@ -121,7 +124,7 @@ class DraftPolicy:
             if not times.is_known(depth):
                 return depth
         known = [depth for depth in range(self._max_depth + 1) if times.is_known(depth)]
-        best = max(known, key=lambda depth: tokens[depth] / times.median(depth))
+        best = max(known, key=lambda depth: tokens[depth] / times.median(depth) * (WORTH_DRAFTING if depth == 0 else 1))
         deeper = best + 1
         if deeper <= self._max_depth and not times.is_known(deeper):
             return deeper
