@@ -98,12 +98,11 @@ class Heartbeat(asyncio.Protocol):
             self._num_unanswered = 0
         elif kind in (_SETTINGS, _PING) and not flags & _ACK:
             self._write(make_frame(kind, _ACK, 0, payload if kind == _PING else b""))
-        elif kind == _GOAWAY and b"too_many_pings" in payload:
-            # A gRPC server with the library's default limits: TCP's keepalive and the frames' deadlines are left.
-            logger.warning("a replica does not answer heartbeats: its server allows no pings")
-            self.close()
         elif kind == _GOAWAY:
-            self._end("its server goes away")
+            # It stops, and answers what it has until it ends the stream; or it is a gRPC server with the library's
+            # default limits, which allow no pings: TCP's keepalive and the frames' deadlines are left.
+            logger.info("a replica's server takes no more heartbeats: %s", payload[8:].decode(errors="replace"))
+            self.close()
 
     def _beat(self) -> None:
         """Judge the pings sent so far and send another. Between two calls the loop has read what there was."""

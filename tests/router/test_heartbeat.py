@@ -65,7 +65,7 @@ def test_a_peer_that_says_nothing_is_dead_after_three_beats(run: Callable[..., N
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-def test_a_grpc_server_answers_and_a_broken_connection_is_dead_at_once(run: Callable[..., None]) -> None:
+def test_a_grpc_server_answers_and_its_orderly_end_is_no_death(run: Callable[..., None]) -> None:
     server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.http2.max_ping_strikes", 0)])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -73,11 +73,21 @@ def test_a_grpc_server_answers_and_a_broken_connection_is_dead_at_once(run: Call
     async def check() -> None:
         watched = await connect(port)
         await asyncio.sleep(12 * QUICK.interval_s)  # many beats: nothing happens, which is what is tested
-        assert not watched.reason.done()
-        server.stop(0)
-        await asyncio.wait_for(watched.reason, DEADLINE_S)
+        assert not watched.reason.done() and watched.num_missed == 0
+        await asyncio.to_thread(server.stop(0).wait)
+        await asyncio.sleep(6 * QUICK.interval_s)
+        assert not watched.reason.done()  # the stream's own end says when
 
     run(check())
+
+
+def test_a_broken_connection_is_dead_at_once() -> None:
+    async def check(port: int) -> None:
+        watched = await connect(port)
+        assert "broke" in await asyncio.wait_for(watched.reason, DEADLINE_S)
+
+    with peer(lambda connection: None) as port:
+        uvloop.run(check(port))
 
 
 def test_a_server_that_allows_no_pings_is_not_dead() -> None:
