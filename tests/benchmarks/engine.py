@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: 3; tiny: 1")
     parser.add_argument("--cores", type=int, default=2, help="cores that everything shares (default: 2)")
     parser.add_argument("--expert-threads", type=int, default=1, help="of each expert group (default: 1)")
-    parser.add_argument("--router-threads", type=int, default=1, help="default: 1")
+    parser.add_argument("--router-threads", type=int, default=2, help="default: 2: the groups wait while it computes")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "shoal-benchmarks", metavar="DIR")
     parser.add_argument("--log-folder", type=Path, metavar="DIR", help="keep the logs of our processes")
     parser.add_argument("--transformers", type=Path, help=argparse.SUPPRESS)
