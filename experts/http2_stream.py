@@ -436,7 +436,9 @@ class MessageStream:
             raise StreamEnded("the peer broke off its headers")
         if kind == _SETTINGS and not flags & _ACK:
             self._apply_settings(payload)
+            # Before anything that goes by the new settings: the peer holds us to the old ones until it reads this.
             self._answer(make_frame(_SETTINGS, _ACK, 0))
+            self._resume()
         elif kind == _PING and not flags & _ACK:
             self._answer(make_frame(_PING, _ACK, 0, payload))
         elif kind == _WINDOW_UPDATE:
@@ -474,7 +476,6 @@ class MessageStream:
                 if not _DEFAULT_FRAME_SIZE <= value <= _LARGEST_FRAME_SIZE:
                     raise StreamEnded(f"the peer set a frame size of {value}")
                 self._frame_size = value
-        self._resume()
 
     def _raise_window(self, stream_id: int, credit: int) -> None:
         if stream_id == 0:

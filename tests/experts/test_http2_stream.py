@@ -176,6 +176,20 @@ def test_pings_and_settings_are_answered(raw: tuple[Peer, socket.socket]) -> Non
     assert other.recv(100) == make_frame(4, 1, 0) + make_frame(6, 1, 0, b"12345678")
 
 
+def test_settings_are_acknowledged_before_anything_goes_by_them(raw: tuple[Peer, socket.socket]) -> None:
+    """Until then the peer holds us to the old ones: a grpcio server ended one stream in six."""
+    peer, other = raw
+    peer.stream.send(1, [bytes(70_000)], 70_000)
+    sent = b""
+    while len(sent) < 65_535:  # the window that a stream begins with, and the frames' headers
+        peer.turn()
+        sent += other.recv(100_000)
+    other.send(make_window_update(0, 100_000) + make_frame(4, 0, 0, b"\0\x04" + (200_000).to_bytes(4, "big")))
+    peer.turn()
+    assert other.recv(9) == make_frame(4, 1, 0)
+    assert other.recv(4) == (4470).to_bytes(3, "big") + b"\0"  # the rest of the message, as DATA
+
+
 MESSAGE = b"\0\0\0\0\x01x"
 
 
