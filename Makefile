@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RAY_TESTS := tests/ray tests/scenarios
+RAY_LOG := $(VENV)/ray-tests.log
 
 .PHONY: setup serve test check format proto bench clean
 
@@ -18,8 +20,11 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 serve: setup
 	exec $(BIN)/shoal serve
 
-test: check
-	$(BIN)/python -m pytest -q
+# Tests that start a Ray cluster wait most of their time, so they run beside everything else.
+test: setup
+	@$(BIN)/python -m pytest -q $(RAY_TESTS) >$(RAY_LOG) 2>&1 & ray=$$!; trap 'kill $$ray' INT TERM; \
+	$(MAKE) --no-print-directory check && $(BIN)/python -m pytest -q $(addprefix --ignore=,$(RAY_TESTS)); others=$$?; \
+	wait $$ray; ray=$$?; cat $(RAY_LOG); exit $$((others | ray))
 
 # Format, lint, types, import contracts, and committed stubs that equal what the protos generate.
 check: setup
