@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RAY_TESTS := tests/ray tests/scenarios
-RAY_LOG := $(VENV)/ray-tests.log
+BESIDE_LOG := $(VENV)/tests-beside.log
 
 .PHONY: setup serve test check format proto bench clean
 
@@ -20,11 +20,13 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 serve: setup
 	exec $(BIN)/shoal serve
 
-# Tests that start a Ray cluster wait most of their time, so they run beside everything else.
+# Tests that start a Ray cluster wait most of their time, so they and the checks run beside everything else.
 test: setup
-	@$(BIN)/python -m pytest -q $(RAY_TESTS) >$(RAY_LOG) 2>&1 & ray=$$!; trap 'kill $$ray' INT TERM; \
-	$(MAKE) --no-print-directory check && $(BIN)/python -m pytest -q $(addprefix --ignore=,$(RAY_TESTS)); others=$$?; \
-	wait $$ray; ray=$$?; cat $(RAY_LOG); exit $$((others | ray))
+	@{ $(BIN)/python -m pytest -q $(RAY_TESTS) && $(MAKE) --no-print-directory check; } >$(BESIDE_LOG) 2>&1 & \
+	beside=$$!; trap 'kill $$beside' INT TERM; \
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(RAY_TESTS)); others=$$?; \
+	wait $$beside; beside=$$?; cat $(BESIDE_LOG); \
+	test $$others -eq 0 && test $$beside -eq 0
 
 # Format, lint, types, import contracts, and committed stubs that equal what the protos generate.
 check: setup

@@ -11,7 +11,6 @@ import os
 import secrets
 import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from types import FrameType
@@ -38,6 +37,7 @@ from cluster.state_file import ClusterState, get_state_dir, read_stale, remove_s
 from cluster.status_view import list_failures
 from experts.errors import ExpertsError
 from experts.model_config import ModelConfig
+from experts.stop_signal import StopSignal
 from router.api.settings import ApiSettings
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class _Signals:
 
     def __init__(self, backend: RayBackend) -> None:
         self._backend = backend
-        self.stop = threading.Event()
+        self.stop = StopSignal()
         self.interrupts_start = True
 
     def install(self) -> None:

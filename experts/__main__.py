@@ -10,9 +10,7 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 
@@ -21,6 +19,7 @@ from experts.checkpoint import Checkpoint
 from experts.errors import ConfigError, ExpertsError
 from experts.expert_range import ExpertRange, list_hosted_pairs
 from experts.model_config import ModelConfig
+from experts.stop_signal import StopSignal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     keep_large_buffers()
-    stop_requested = threading.Event()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, lambda *_: stop_requested.set())
+    stop_requested = StopSignal()
+    stop_requested.install()
     try:
         return _serve(options, stop_requested)
     except ExpertsError as error:
@@ -46,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _serve(options: argparse.Namespace, stop_requested: threading.Event) -> int:
+def _serve(options: argparse.Namespace, stop_requested: StopSignal) -> int:
     with Checkpoint(options.checkpoint) as checkpoint:
         hosted = _parse_hosted(checkpoint.config, options.experts, options.layers)
         for _ in list_hosted_pairs(checkpoint.config, hosted):

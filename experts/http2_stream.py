@@ -174,12 +174,12 @@ class MessageStream:
             if not self._out:
                 return
 
-    def receive(self) -> list[Buffer]:
-        """Read what is there and return the messages that are whole. Raises StreamEnded or OSError.
+    def receive(self, messages: list[Buffer]) -> None:
+        """Read what is there and append the messages that are whole. Raises StreamEnded or OSError, after appending
+        what came before the end: a server that stops may send its last answer and the end together.
 
         A message longer than the window gets the credit that it lacks at once: it can never be consumed otherwise.
         """
-        messages: list[Buffer] = []
         while True:
             direct = self._message is not None and self._frame_left > 0 and self._start == self._end
             if direct:
@@ -210,7 +210,6 @@ class MessageStream:
                 break
         if self._control and not self._out:
             self.flush()
-        return messages
 
     def consume(self, size: int) -> None:
         """A message of size bytes is done with: the peer may send as much again."""
@@ -231,16 +230,15 @@ class MessageStream:
             self._send_window, self._send_connection_window, self._frame_size, self._receive_window, self._credit
         )
 
-    def take_back(self, state: StreamState, received: bytes, unsent: bytes, key: int) -> list[Buffer]:
+    def take_back(self, state: StreamState, received: bytes, unsent: bytes, key: int, messages: list[Buffer]) -> None:
         """Go on from there. received: read, but not used. unsent: the end of what was sent, of the message key.
 
-        Returns the messages that are whole. Raises StreamEnded or OSError.
+        Appends the messages that are whole. Raises StreamEnded or OSError, see receive().
         """
         self._send_window, self._send_connection_window, self._frame_size, self._receive_window, self._credit = state
         if unsent:
             self._out = [unsent]
             self._writing_key = key
-        messages: list[Buffer] = []
         data = memoryview(received)
         while data:
             rest = bytes(self._scratch[self._start : self._end])
@@ -252,7 +250,6 @@ class MessageStream:
             self._parse(messages)
         if self._control and not self._out:
             self.flush()
-        return messages
 
     def end(self, last: Sequence[bytes] = ()) -> None:
         """Write last where the socket takes it, and close."""

@@ -33,11 +33,11 @@ class NativeLink:
         self._state[:] = state
         self._library.shoal_link_open(self.address, descriptor, self._state)
 
-    def close_into(self, stream: MessageStream, key: int) -> list[Buffer]:
+    def close_into(self, stream: MessageStream, key: int, messages: list[Buffer]) -> None:
         """Give the stream back. See MessageStream.take_back()."""
         self._library.shoal_link_close(self.address, self._state, self._sizes, self._addresses)
         received, unsent = (
             ctypes.string_at(address, size) if address and size else b""
             for address, size in zip(self._addresses, self._sizes, strict=True)
         )
-        return stream.take_back(StreamState(*self._state), received, unsent, key)
+        stream.take_back(StreamState(*self._state), received, unsent, key, messages)

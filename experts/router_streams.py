@@ -189,8 +189,9 @@ class RouterStreams:
         native.serve(self._poll.fileno(), [link for _, link in lent])
         now_s = time.monotonic()
         for stream, link in lent:
+            messages: list[Buffer] = []
             try:
-                messages = link.close_into(stream.messages, key=0)
+                link.close_into(stream.messages, 0, messages)
             except (StreamEnded, OSError) as error:
                 logger.debug("stream ended: %s", error)
                 self._drop(stream)
@@ -206,7 +207,8 @@ class RouterStreams:
             if mask & select.EPOLLOUT:
                 stream.messages.flush()
             if mask & ~select.EPOLLOUT:
-                messages = stream.messages.receive()
+                messages: list[Buffer] = []
+                stream.messages.receive(messages)
                 now_s = time.monotonic()
                 received += [Received(stream, data, now_s) for data in messages]
         except (StreamEnded, OSError) as error:

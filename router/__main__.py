@@ -10,14 +10,13 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 
 import torch
 
 from experts.allocator import keep_large_buffers
 from experts.errors import ExpertsError
+from experts.stop_signal import StopSignal
 from experts.wire import WireFormat
 from router.heartbeat import HeartbeatOptions
 from router.overlap_policy import parse_micro_batches
@@ -104,9 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config, drain_timeout_s = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     keep_large_buffers()
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    ended = StopSignal()
+    ended.install()
     server: RouterServer | None = None
     try:
         server = RouterServer(config)

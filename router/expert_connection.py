@@ -241,11 +241,11 @@ class ExpertConnection:
         borrower, self._borrower = self._borrower, None
         assert self._link is not None
         if self._own_stream is not None:
+            self._loop.call_soon(self._read)
             try:
-                self._returned += self._link.close_into(self._own_stream, self._lent_key)
+                self._link.close_into(self._own_stream, self._lent_key, self._returned)
             except (StreamEnded, OSError) as error:
                 self._loop.call_soon(self._end_stream, error)
-            self._loop.call_soon(self._read)
         if borrower is not None:
             borrower.on_taken_back()
 
@@ -414,19 +414,27 @@ class ExpertConnection:
         stream = self._stream
         if stream is None:
             return
-        returned, self._returned = self._returned, []
+        received, self._returned = self._returned, []
+        ended: StreamEnded | OSError | None = None
         try:
-            for data in (*returned, *stream.receive()):
-                stream.consume(len(data))
+            stream.receive(received)
+        except (StreamEnded, OSError) as error:
+            ended = error
+        try:
+            for data in received:
+                if ended is None:
+                    stream.consume(len(data))
                 self._deliver(decode_response(data))
                 if self._stream is not stream:  # whoever got the reply broke the stream
                     return
-        except (StreamEnded, OSError) as error:
-            self._end_stream(error)
-            return
+        except OSError as error:
+            ended = error
         except (ExpertsError, BadReply) as error:
             self._counters.count_error(BadReply(str(error)))
             self._end_stream(error)
+            return
+        if ended is not None:
+            self._end_stream(ended)
             return
         if self._opened is not None and stream.is_open and not self._opened.done():
             self._opened.set_result(None)

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 
-from experts import http2_stream
+from experts import http2_stream, wire
 from experts.http2_stream import (
     WINDOW_BYTES,
     MessageStream,
@@ -48,9 +48,13 @@ class Peer:
         if writable:
             self.stream.flush()
         if readable:
-            for message in self.stream.receive():
-                self.received.append(bytes(message))
-                if self.consumes:
+            messages: list[wire.Buffer] = []
+            try:
+                self.stream.receive(messages)
+            finally:
+                self.received += map(bytes, messages)
+            if self.consumes:
+                for message in messages:
                     self.stream.consume(len(message))
 
 
@@ -219,6 +223,15 @@ def test_what_breaks_the_rules_or_ends_the_stream_says_so(
     other.sendall(data)
     with pytest.raises(StreamEnded, match=reason):
         exchange(peer, until=lambda: False)
+
+
+def test_what_came_together_with_the_end_is_not_lost(raw: tuple[Peer, socket.socket]) -> None:
+    peer, other = raw
+    message = b"\0" + struct.pack(">I", 4) + b"last"
+    other.sendall(make_frame(0, 0, 1, message) + make_trailers(14, "stops"))
+    with pytest.raises(StreamEnded, match="stops"):
+        exchange(peer, until=lambda: False)
+    assert peer.received == [b"last"]
 
 
 def test_more_than_the_credit_ends_the_stream(raw: tuple[Peer, socket.socket]) -> None:

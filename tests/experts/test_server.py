@@ -104,7 +104,11 @@ class RouterClient:
             if writable:
                 self._stream.flush()
             if readable:
-                self._received += self._stream.receive()
+                try:
+                    self._stream.receive(self._received)
+                except StreamEnded:
+                    if not self._received:
+                        raise
         return wire.decode_response(self._received.pop(0))
 
     def ask(self, **overrides: Any) -> ComputeReply:

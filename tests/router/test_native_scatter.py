@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from experts import wire
 from experts.http2_stream import WINDOW_BYTES, MessageStream, StreamState, make_frame, make_window_update
 from experts.kernels.cpu_ffn import load_library
 from experts.native_link import NativeLink
@@ -60,7 +61,9 @@ class Lender:
 
     def take_back(self) -> None:
         self.is_lent = False
-        self.returned = [bytes(data) for data in self.link.close_into(self.stream, 0)]
+        returned: list[wire.Buffer] = []
+        self.link.close_into(self.stream, 0, returned)
+        self.returned = [bytes(data) for data in returned]
 
     def note_answer(self, size_class: int, reply_s: float) -> None:
         assert size_class > 0 and 0 < reply_s < 60
