@@ -21,6 +21,7 @@ from torch import Tensor
 from experts.model_config import ModelConfig
 from router.drafter import Drafter, DraftInput, count_accepted
 from router.errors import BadRequest, ExpertsUnavailable, NotReady, RouterError
+from router.loop_turns import give_turns
 from router.micro_batches import MicroBatchRunner
 from router.overlap_policy import OverlapPolicy
 from router.sample_rows import build_sample_row
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logits computed at once: 128 x 129,280 float32 are 66 MB for DeepSeek-V3.
 LOGITS_ROWS = 128
+# Outputs of a sequence that are waited for between two steps; a client that has more does not read.
+MOST_UNTAKEN = 4
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Engine:
         self.find_outage = find_outage
         self._draining = False
         self._num_steps = 0
+        self._num_submitted = 0
         self._num_turns = 0
         self._num_generated_tokens = 0
         self._num_drafted: list[int] = []
@@ -137,6 +141,7 @@ class Engine:
             raise ExpertsUnavailable(outage)
         sequence = Sequence(request=request, token_ids=list(request.prompt_token_ids))
         self._scheduler.add(sequence)
+        self._num_submitted += 1
         self._wake.set()
         return sequence
 
@@ -177,7 +182,14 @@ class Engine:
                     self._step_started = None
                     self._num_steps += 1
                     self._trunk.times.step_ns += time.perf_counter_ns() - started_ns
-                await asyncio.sleep(0)  # the RPC handlers send what the step gave them
+                await self._give_turns(chunks)
+
+    async def _give_turns(self, chunks: list[ScheduledChunk]) -> None:
+        """The RPC handlers send what the step gave them, and new requests come in."""
+        await give_turns(
+            lambda: sum(0 < chunk.sequence.outputs.qsize() <= MOST_UNTAKEN for chunk in chunks),
+            lambda: self._num_submitted,
+        )
 
     async def _step(self, chunks: list[ScheduledChunk]) -> None:
         batch = build_step_batch([_span_of(chunk) for chunk in chunks])
