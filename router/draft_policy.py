@@ -29,9 +29,9 @@ MIN_SAMPLES = 3
 FIRST_PROBE_AFTER = 16
 PROBE_INTERVAL = 256
 PROBE_STEPS = 5
-# Drafts have to promise so much more tokens per second than none: what step times do not tell (a draft layer that
-# follows along, steps that fit two numbers of sequences) is paid from it.
-WORTH_DRAFTING = 1.05
+# Drafts have to promise so much more tokens per second than none: what step times do not tell (steps that fit two
+# numbers of sequences) is paid from it.
+WORTH_DRAFTING = 1.02
 # Part of what a depth costs that grows with its sequences; the rest is paid by the first of them.
 COST_PER_SEQUENCE = 0.5
 
@@ -60,12 +60,21 @@ class _StepTimes:
     next_probe: int = FIRST_PROBE_AFTER
     probe_interval: int = FIRST_PROBE_AFTER
     last_probed: dict[int, int] = field(default_factory=dict[int, int])
+    # What a step without drafts costs for the draft layer, which follows along in a pass now and then.
+    following_s: float = 0.0
+    num_unfollowed: int = 0
+
+    def note_following(self, seconds: float) -> None:
+        """A step with such a pass took that long."""
+        per_step_s = max(0.0, seconds - statistics.median(self.seconds[0])) / (self.num_unfollowed + 1)
+        self.following_s = (self.following_s + per_step_s) / 2 if self.following_s else per_step_s
+        self.num_unfollowed = 0
 
     def is_known(self, depth: int) -> bool:
         return len(self.seconds[depth]) >= MIN_SAMPLES
 
     def median(self, depth: int) -> float:
-        return statistics.median(self.seconds[depth])
+        return statistics.median(self.seconds[depth]) + (self.following_s if depth == 0 else 0.0)
 
 
 class DraftPolicy:
@@ -91,13 +100,19 @@ class DraftPolicy:
             acceptance.rates[index] += OWN_WEIGHT * (held - acceptance.rates[index])
             self._common.rates[index] += COMMON_WEIGHT * (held - self._common.rates[index])
 
-    def note_step(self, num_sequences: int, seconds: float) -> None:
+    def note_step(self, num_sequences: int, seconds: float, followed: bool) -> None:
         """A step took that long in which each of num_sequences sequences, and nothing else, was verified and drafted
-        for."""
+        for. followed: none was drafted for, but the draft layer took in the tokens of many steps."""
         before, now = self._choices
         if now is None or before != now or now[0] != _bucket(num_sequences):
             return  # it verified drafts of another depth than it made
-        self._times[now[0]].seconds[now[1]].append(seconds)
+        times = self._times[now[0]]
+        if now[1] == 0 and followed and times.is_known(0):
+            times.note_following(seconds)
+            return
+        if now[1] == 0:
+            times.num_unfollowed += 1
+        times.seconds[now[1]].append(seconds)
 
     def choose(self, acceptances: Sequence[Acceptance]) -> list[int]:
         """How many drafts to make for each of the sequences that go on; there is at least one."""

@@ -39,7 +39,8 @@ class Drafter(Protocol):
         ...
 
     def note_step(self, num_sequences: int, seconds: float) -> None:
-        """A step, drafting included, took that long; it computed so many sequences, none of them a prompt."""
+        """A step took that long, with drafting and what follows until the next one; it computed so many sequences,
+        none of them a prompt."""
         ...
 
     async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:

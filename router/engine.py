@@ -166,10 +166,10 @@ class Engine:
                     continue
                 self._step_started = time.monotonic()
                 started_ns = time.perf_counter_ns()
+                is_whole = False
                 try:
                     await self._step(chunks)
-                    if self._drafter is not None and all(chunk.num_new - chunk.num_drafts == 1 for chunk in chunks):
-                        self._drafter.note_step(len(chunks), time.monotonic() - self._step_started)
+                    is_whole = True
                 except RouterError as error:
                     logger.warning("step failed num_sequences=%d reason=%s", len(chunks), error)
                     self._fail(chunks, error)
@@ -183,6 +183,9 @@ class Engine:
                     self._num_steps += 1
                     self._trunk.times.step_ns += time.perf_counter_ns() - started_ns
                 await self._give_turns(chunks)
+                # With the turns: they are part of what drafts save.
+                if is_whole and self._drafter is not None and all(chunk.is_decode for chunk in chunks):
+                    self._drafter.note_step(len(chunks), (time.perf_counter_ns() - started_ns) / 1e9)
 
     async def _give_turns(self, chunks: list[ScheduledChunk]) -> None:
         """The RPC handlers send what the step gave them, and new requests come in."""

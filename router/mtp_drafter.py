@@ -65,6 +65,7 @@ class MtpDrafter:
         self._eos_token_ids = eos_token_ids
         self._acceptances: WeakKeyDictionary[Sequence, Acceptance] = WeakKeyDictionary()
         self._kept: WeakKeyDictionary[Sequence, _Rows] = WeakKeyDictionary()
+        self._followed = False  # the last step had a pass without drafts
 
     def choose_depths(self, sequences: Series[Sequence]) -> list[int]:
         return self._policy.choose([self._acceptance_of(sequence) for sequence in sequences])
@@ -73,13 +74,19 @@ class MtpDrafter:
         self._policy.note_verified(self._acceptance_of(sequence), num_drafts, num_accepted)
 
     def note_step(self, num_sequences: int, seconds: float) -> None:
-        self._policy.note_step(num_sequences, seconds)
+        self._policy.note_step(num_sequences, seconds, self._followed)
 
     async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:
-        jobs = [job for index, item in enumerate(inputs) if (job := self._take_up(index, item)) is not None]
+        self._followed = False
         drafts: list[list[int]] = [[] for _ in inputs]
-        if not jobs:
+        jobs = [job for index, item in enumerate(inputs) if (job := self._take_up(index, item)) is not None]
+        if not any(job.num_drafts > 0 or job.rows.stop - job.rows.start >= MAX_KEPT_ROWS for job in jobs):
+            # Nothing is due. A copy: the rows are a view of all rows of their step.
+            for job in jobs:
+                self._kept[job.sequence] = _Rows(job.rows.hidden_states.clone(), job.rows.start)
             return drafts
+        # A pass is a round to the expert groups whatever it carries, so what is kept goes along.
+        self._followed = all(job.num_drafts == 0 for job in jobs)
         spans = [_span_of(job) for job in jobs]
         hidden_states = torch.cat([job.rows.hidden_states for job in jobs])
         hidden_states = await self._module.forward(hidden_states, build_step_batch(spans))
@@ -107,7 +114,7 @@ class MtpDrafter:
         return drafts
 
     def _take_up(self, index: int, item: DraftInput) -> _Job | None:
-        """The job for an input, with the rows kept for it; None if these are kept on."""
+        """The job for an input, with the rows kept for it; None if it needs none."""
         sequence = item.sequence
         if sequence.request.max_tokens <= 1:
             return None  # nothing will ever be drafted for it
@@ -115,10 +122,6 @@ class MtpDrafter:
         kept = self._kept.pop(sequence, None)
         if kept is not None and kept.stop == rows.start:  # else it was computed anew
             rows = _Rows(torch.cat([kept.hidden_states, rows.hidden_states]), kept.start)
-        if item.num_drafts == 0 and rows.stop - rows.start < MAX_KEPT_ROWS:
-            # A copy: the rows are a view of all rows of their step.
-            self._kept[sequence] = _Rows(rows.hidden_states.clone(), rows.start)
-            return None
         return _Job(index, sequence, rows, item.num_drafts, sequence.block_ids, [])
 
     def _acceptance_of(self, sequence: Sequence) -> Acceptance:

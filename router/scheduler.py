@@ -36,6 +36,11 @@ class ScheduledChunk(NamedTuple):
     num_new: int
     num_drafts: int = 0
 
+    @property
+    def is_decode(self) -> bool:
+        """One token, and drafts behind it."""
+        return self.num_new - self.num_drafts == 1
+
 
 class QueuePolicy(Protocol):
     """Who goes before whom."""

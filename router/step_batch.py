@@ -56,23 +56,25 @@ def build_step_batch(spans: Sequence[TokenSpan]) -> StepBatch:
     """Flatten the spans, in their order."""
     segments: list[Segment] = []
     input_ids: list[int] = []
-    positions: list[np.ndarray] = []
-    slots: list[np.ndarray] = []
-    ends = [span.context_len + len(span.token_ids) for span in spans]
-    block_tables = np.zeros((len(spans), -(-max(ends) // BLOCK_SIZE)), dtype=np.int32)
-    for index, (span, end) in enumerate(zip(spans, ends, strict=True)):
+    positions: list[int] = []
+    slots: list[int] = []
+    longest = max(span.context_len + len(span.token_ids) for span in spans)
+    block_tables = np.zeros((len(spans), -(-longest // BLOCK_SIZE)), dtype=np.int32)
+    for index, span in enumerate(spans):
+        # In Python: most spans have a token or two, for which numpy's calls cost more than they do.
+        token_ids, context_len, block_ids = span
+        end = context_len + len(token_ids)
         num_blocks = -(-end // BLOCK_SIZE)
-        block_tables[index, :num_blocks] = span.block_ids[:num_blocks]
-        span_positions = np.arange(span.context_len, end)
-        positions.append(span_positions)
-        blocks = block_tables[index, span_positions // BLOCK_SIZE].astype(np.int64)
-        slots.append(blocks * BLOCK_SIZE + span_positions % BLOCK_SIZE)
-        segments.append(Segment(len(input_ids), len(span.token_ids), span.context_len))
-        input_ids.extend(span.token_ids)
+        block_tables[index, :num_blocks] = block_ids[:num_blocks]
+        segments.append(Segment(len(input_ids), len(token_ids), context_len))
+        input_ids.extend(token_ids)
+        for position in range(context_len, end):
+            positions.append(position)
+            slots.append(block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
     return StepBatch(
         input_ids=torch.tensor(input_ids),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        slot_mapping=torch.from_numpy(np.concatenate(slots)),
+        positions=torch.tensor(positions),
+        slot_mapping=torch.tensor(slots),
         block_tables=torch.from_numpy(block_tables),
         segments=segments,
     )

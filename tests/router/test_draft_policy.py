@@ -26,7 +26,7 @@ class MadeUpEngine:
             for index, depth in enumerate(drafted):
                 self.policy.note_verified(self.acceptances[index], depth, self._count_held(index, depth))
             chosen = self.policy.choose(self.acceptances)
-            self.policy.note_step(len(self.rates), self.seconds(drafted))
+            self.policy.note_step(len(self.rates), self.seconds(drafted), False)
             drafted = chosen
             self.depths.append(chosen)
 
@@ -76,10 +76,22 @@ def test_it_notices_when_drafting_no_longer_pays_and_when_it_pays_again() -> Non
     assert engine.share(1) > 0.9
 
 
+def test_not_drafting_pays_for_the_layer_that_follows_along() -> None:
+    """A step of 1.0 for one token, but each tenth takes 11: drafting, 1.8 tokens for 2.7, is faster than it looks."""
+    policy = DraftPolicy(1)
+    acceptances = [Acceptance([0.8])]
+    chosen: list[int] = []
+    for number in range(600):
+        chosen += policy.choose(acceptances)
+        followed = chosen[-1] == 0 and number % 10 == 0
+        policy.note_step(1, 2.7 if chosen[-1] else 11.0 if followed else 1.0, followed)
+    assert sum(chosen[-200:]) > 180
+
+
 def test_one_slow_step_changes_nothing() -> None:
     engine = MadeUpEngine(1, [[0.7]], linear(1.0, 0.2))
     engine.run(300)
-    engine.policy.note_step(1, 60.0)
+    engine.policy.note_step(1, 60.0, False)
     engine.run(50)
     assert engine.share(1, last=50) > 0.9
 
@@ -100,7 +112,7 @@ def test_batch_sizes_are_judged_apart() -> None:
     for acceptances, seconds in ((one, (1.0, 1.1)), (many, (2.0, 4.5))):
         for _ in range(40):
             depth = max(policy.choose(acceptances))
-            policy.note_step(len(acceptances), seconds[depth])
+            policy.note_step(len(acceptances), seconds[depth], False)
     assert policy.choose(one) == [1]
     assert policy.choose(many) == [0] * 32
 
