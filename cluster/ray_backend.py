@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # No tensor goes through Ray's object store; this is the least that it accepts, rounded up.
 _OBJECT_STORE_BYTES = 100 * 2**20
 _SERVE_STOP_S = 10.0
+_SERVE_START_S = 3.0
 _RAY_STOP_S = 5.0
 
 _OWN_RAY_ENV = {
@@ -58,6 +59,7 @@ class RayBackend:
         self._serve_thread: threading.Thread | None = None
         self._serve_error: Exception | None = None
         self._serve_started = False
+        self._is_stopping = False
         self._is_connected = False
 
     @property
@@ -67,7 +69,8 @@ class RayBackend:
     def connect(self) -> None:
         """Start Ray here, or join the cluster at the address. Raises StartError."""
         with self._timed("import ray"):
-            os.environ.update({"RAY_USAGE_STATS_ENABLED": "0"})
+            # Without AUTO_CONNECT=0 a thread that still uses Ray while it is shut down would start another cluster.
+            os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"})
             if self.own_ray:
                 os.environ.update(_OWN_RAY_ENV | {SESSION_VARIABLE: self.session.mark})
             import ray
@@ -191,8 +194,10 @@ class RayBackend:
                 self._stop_serve()
             if not self.own_ray:
                 self._kill_actors()
-            with self._timed("stop Ray"):
-                _run_bounded(ray.shutdown, _RAY_STOP_S)
+            # Ray ends a process in which a thread uses it after the shutdown, and then nobody would look for the rest.
+            if self._serve_thread is None or not self._serve_thread.is_alive():
+                with self._timed("stop Ray"):
+                    _run_bounded(ray.shutdown, _RAY_STOP_S)
         if not self.own_ray:
             return []
         with self._timed("wait for processes"):
@@ -226,6 +231,8 @@ class RayBackend:
                     http_options=HTTPOptions(host=self._settings.host, port=self._settings.port),
                     logging_config=logging_config,
                 )
+            if self._is_stopping:
+                return
             with self._timed("start the HTTP front"):
                 serve.run(build_application(api_settings), name=APPLICATION_NAME, route_prefix="/")
             self._serve_started = True
@@ -245,8 +252,13 @@ class RayBackend:
                 if not serve.status().applications:
                     serve.shutdown()
 
-        if self._serve_thread is not None:
-            _run_bounded(stop, _SERVE_STOP_S)
+        if self._serve_thread is None:
+            return
+        self._is_stopping = True
+        # What is being started ends by itself, or by being stopped, which does nothing before there is something.
+        self._serve_thread.join(_SERVE_START_S)
+        _run_bounded(stop, _SERVE_STOP_S)
+        self._serve_thread.join(_SERVE_START_S)
 
     def _kill_actors(self) -> None:
         from cluster.actor_factory import CONTROLLER_NAME
