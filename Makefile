@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RAY_TESTS := tests/ray tests/scenarios
+BESIDE_TESTS := tests/ray tests/scenarios tests/reference tests/cluster
 BESIDE_LOG := $(VENV)/tests-beside.log
 
 .PHONY: setup serve test check format proto bench clean
@@ -20,11 +20,12 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 serve: setup
 	exec $(BIN)/shoal serve
 
-# Tests that start a Ray cluster wait most of their time, so they and the checks run beside everything else.
+# Tests that start a Ray cluster wait most of their time, so they run beside everything else, and after them what makes
+# the two parts equally long.
 test: setup
-	@{ $(BIN)/python -m pytest -q $(RAY_TESTS) && $(MAKE) --no-print-directory check; } >$(BESIDE_LOG) 2>&1 & \
+	@{ $(BIN)/python -m pytest -q $(BESIDE_TESTS) && $(MAKE) --no-print-directory check; } >$(BESIDE_LOG) 2>&1 & \
 	beside=$$!; trap 'kill $$beside' INT TERM; \
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(RAY_TESTS)); others=$$?; \
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BESIDE_TESTS)); others=$$?; \
 	wait $$beside; beside=$$?; cat $(BESIDE_LOG); \
 	test $$others -eq 0 && test $$beside -eq 0
 
