@@ -8,6 +8,7 @@ import pytest
 
 from cluster import cli
 from cluster.settings import ServeSettings
+from tests.free_ports import find_free_ports
 from tests.random_checkpoint import write_random_checkpoint
 
 
@@ -25,11 +26,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def take_port() -> socket.socket:
-    taken = socket.socket()
-    taken.bind(("127.0.0.1", 0))
-    taken.listen()
-    return taken
+def take_port(port: int) -> socket.socket:
+    return socket.create_server(("127.0.0.1", port))
 
 
 def test_every_setting_but_the_secret_has_a_flag():
@@ -118,10 +116,8 @@ def test_serve_refuses_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest
 def test_serve_refuses_a_taken_port_and_names_the_flag(
     which: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with take_port() as taken, take_port() as other:
-        number = taken.getsockname()[1]
-        free = other.getsockname()[1]
-        other.close()
+    number, free = find_free_ports(2)
+    with take_port(number):
         ports = [which, str(number), "--admin-port" if which == "--port" else "--port", str(free)]
         assert cli.main(["serve", str(checkpoint), *ports]) == 1
     error = capsys.readouterr().err
@@ -139,7 +135,7 @@ def test_serve_refuses_a_model_that_does_not_fit(
 ):
     monkeypatch.setattr("cluster.preflight.PROCESS_BYTES", 1 << 50)
     assert cli.main(["serve", str(checkpoint), "--port", "0"]) == 2
-    assert cli.main(["serve", str(checkpoint), "--port", str(_get_free_port())]) == 1
+    assert cli.main(["serve", str(checkpoint), "--port", str(find_free_ports(2)[0])]) == 1
     assert "too little memory: needs about" in capsys.readouterr().err
 
 
@@ -152,8 +148,9 @@ def test_check_prints_a_report_and_its_verdict(checkpoint: Path, capsys: pytest.
 
 
 def test_doctor_finds_a_taken_port_and_says_how_to_mend_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
-    with take_port() as taken:
-        code = cli.main(["doctor", str(checkpoint), "--port", str(taken.getsockname()[1]), "--json"])
+    port, _ = find_free_ports(2)  # the second is the admin API's
+    with take_port(port):
+        code = cli.main(["doctor", str(checkpoint), "--port", str(port), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert code == 1
     assert document["ok"] is False
@@ -163,7 +160,7 @@ def test_doctor_finds_a_taken_port_and_says_how_to_mend_it(checkpoint: Path, cap
 
 
 def test_doctor_is_content_here(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["doctor", str(checkpoint), "--port", str(_get_free_port())]) == 0
+    assert cli.main(["doctor", str(checkpoint), "--port", str(find_free_ports(2)[0])]) == 0
     assert "ready to serve" in capsys.readouterr().out
 
 
@@ -173,8 +170,3 @@ def test_doctor_is_content_here(checkpoint: Path, capsys: pytest.CaptureFixture[
 def test_processes_without_tensors_do_not_load_torch(module: str):
     script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
-
-
-def _get_free_port() -> int:
-    with take_port() as probe:
-        return probe.getsockname()[1]

@@ -6,12 +6,13 @@ The head is at the machine's own address, which Ray takes for any loopback one, 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+
+from tests.free_ports import find_free_ports
 
 # `ray start --head` takes the machine's own address for any loopback one.
 HEAD_HOST = "127.0.0.1"
@@ -26,7 +27,7 @@ class RayNodes:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.address = f"{HEAD_HOST}:{_get_free_port()}"
+        self.address = f"{HEAD_HOST}:{find_free_ports(1, HEAD_HOST)[0]}"
         self._environment = os.environ | {
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             # Workers at their usual niceness would starve beside other work on the machine.
@@ -82,9 +83,3 @@ def _kill_tree(process: psutil.Process) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(processes, timeout=10)
-
-
-def _get_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HEAD_HOST, 0))
-        return probe.getsockname()[1]

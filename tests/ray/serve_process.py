@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.free_ports import find_free_ports
+
 START_TIMEOUT_S = 90.0
 ADMIN_TOKEN = "token of the tests"
 
@@ -24,7 +25,7 @@ class ServeProcess:
     """Starts at once; wait_ready, then talk to url. Always close it."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        port, admin_port = _get_free_ports()
+        port, admin_port = find_free_ports(2)
         self.url = f"http://127.0.0.1:{port}"
         self.admin_url = f"http://127.0.0.1:{admin_port}"
         self._out = folder / "stdout"
@@ -143,10 +144,3 @@ def _is_running(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _get_free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
