@@ -21,6 +21,7 @@ from cluster.autoscaler import Decision, GroupMemory, ReplicaLoad, compute_group
 from cluster.desired_state import DesiredState
 from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
+from cluster.fleet import Fleet, find_residents, measure_demand
 from cluster.planner import (
     ActorState,
     CreateReplica,
@@ -123,9 +124,14 @@ class ControllerLoop:
         prober: Prober,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
+        fleet: Fleet | None = None,
+        may_act: Callable[[], bool] = lambda: True,
     ) -> None:
-        """clock: seconds, monotonic. wall_clock: seconds since the epoch."""
+        """clock: seconds, monotonic. wall_clock: seconds since the epoch. fleet: the pods under the replicas; None
+        where nodes stay as they are. may_act: False while another controller may be at work; no turn begins then."""
         self._spec = spec
+        self._fleet = fleet
+        self._may_act = may_act
         self._store = store
         self._factory = factory
         self._prober = prober
@@ -166,7 +172,8 @@ class ControllerLoop:
         """For ever. A turn that fails is logged and the next one starts afresh."""
         while True:
             try:
-                await self.step()
+                if self._may_act():
+                    await self.step()
             except StoreUnavailable as error:
                 logger.warning("a turn of the controller failed: %s", error)
             except Exception:
@@ -190,6 +197,7 @@ class ControllerLoop:
                 lambda desired: desired_state.advance_rollout(desired, self._list_taken_ids()), "rolling replacement"
             )
         await self._autoscale(plan)
+        await self._follow_fleet(plan)
         await self._store_events()
         return plan
 
@@ -285,6 +293,28 @@ class ControllerLoop:
                 self._events.add("cluster", "restart", f"{', '.join(after.rollout)}, one at a time: {reason}")
             logger.info("desired state version=%d reason=%s", after.version, reason)
             return after.version
+
+    async def _follow_fleet(self, plan: Plan) -> None:
+        """Move replicas off pods that leave or are outdated, and say how many pods each group takes."""
+        existing_ids = self._observation.existing_ids
+        if self._fleet is None or existing_ids is None or self._observation.draining:
+            return
+        view = self._fleet.get_view()
+        records = self._observation.replicas
+        for replica_id in find_residents(self._desired, records, view.leaving):
+            await self._change(
+                lambda desired, leaver_id=replica_id: desired_state.replace_member(
+                    desired, leaver_id, self._list_taken_ids()
+                ),
+                f"the pod of {replica_id} is being deleted",
+            )
+        outdated_ids = find_residents(self._desired, records, view.outdated)
+        if outdated_ids and not self._desired.rollout and plan.is_settled(self._desired):
+            await self._change(
+                lambda desired: desired_state.start_member_rollout(desired, outdated_ids),
+                "their pods are older than their worker group's template",
+            )
+        self._fleet.set_demand(measure_demand(self._desired, records, existing_ids))
 
     async def _autoscale(self, plan: Plan) -> None:
         """Judge every group that has a rule by its own load, once per AUTOSCALE_INTERVAL_S."""

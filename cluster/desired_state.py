@@ -111,9 +111,15 @@ def start_rollout(desired: DesiredState, names: Collection[str]) -> DesiredState
     """Replace every replica of these groups, of all if none is named. Raises ChangeRefused for an unknown group."""
     for name in names:
         desired.get_group(name)
-    rollout = tuple(
-        member_id for group in desired.groups if not names or group.name in names for member_id in group.member_ids
+    return start_member_rollout(
+        desired,
+        [member_id for group in desired.groups if not names or group.name in names for member_id in group.member_ids],
     )
+
+
+def start_member_rollout(desired: DesiredState, replica_ids: Collection[str]) -> DesiredState:
+    """Replace these members, group by group; those that are none are skipped."""
+    rollout = tuple(member_id for group in desired.groups for member_id in group.member_ids if member_id in replica_ids)
     return _change(desired, desired.groups, rollout)
 
 

@@ -8,7 +8,13 @@ ClusterError
 ├── StoreUnavailable   Ray's control service did not answer within its deadline
 ├── ChangeRefused      what was asked of a running cluster is impossible or needs --force; nothing was changed
 ├── NotRunning         no running cluster is known for the URL
-└── RequestFailed      a running cluster answered a command with an error, or not in time
+├── RequestFailed      a running cluster answered a command with an error, or not in time
+└── KubernetesError    the Kubernetes API refused a call
+    ├── ApiUnavailable     no answer in time, or a server error: it may have happened all the same
+    ├── ApiConflict        the object has changed since it was read: read it again
+    ├── ApiForbidden       the Role lacks a verb
+    ├── ApiNotFound        there is no such object
+    └── ApiGone            a watch is too far behind: list again
 
 Every message is one line that names the remedy; cluster/cli.py prints it on stderr and exits with code 1.
 """
@@ -50,3 +56,27 @@ class NotRunning(ClusterError):
 
 class RequestFailed(ClusterError):
     """A command to a running cluster failed."""
+
+
+class KubernetesError(ClusterError):
+    """The Kubernetes API refused a call for a reason that no other class names."""
+
+
+class ApiUnavailable(KubernetesError):
+    """The API server did not answer in time, or with a server error. A write may have happened."""
+
+
+class ApiConflict(KubernetesError):
+    """A guarded write found another version of the object than the one that was read."""
+
+
+class ApiForbidden(KubernetesError):
+    """The service account may not do this; the message names verb and resource."""
+
+
+class ApiNotFound(KubernetesError):
+    """There is no such object."""
+
+
+class ApiGone(KubernetesError):
+    """A watch cannot go on from its version (HTTP 410)."""
