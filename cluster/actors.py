@@ -116,6 +116,7 @@ class Router:
                     expert_wait_s=spec.router.expert_wait_s,
                     heartbeats=HeartbeatOptions(spec.router.heartbeat_s, spec.router.missed_heartbeats),
                     numerics=spec.router.numerics,
+                    priority_ageing_s=spec.router.priority_ageing_s,
                     num_threads=spec.router.num_threads,
                     device=_get_device_setting(spec),
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -15,12 +16,15 @@ from cluster.errors import RequestFailed
 CONNECT_TIMEOUT_S = 5.0
 # Between two pieces of a stream; the server sends a comment at least every 15 s.
 READ_TIMEOUT_S = 120.0
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def run(options: argparse.Namespace) -> int:
     url = options.url if "//" in options.url else f"http://{options.url}"
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    with httpx.Client(base_url=url, timeout=timeout, trust_env=False) as client:
+    key = options.api_key or os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=url, timeout=timeout, headers=headers, trust_env=False) as client:
         chat = _Chat(client, options, _fetch_model(client))
         if options.message is not None:
             return chat.answer_once(options.message, as_json=options.json)

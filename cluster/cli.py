@@ -15,8 +15,11 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from cluster.bench_options import add_options as add_bench_options
 from cluster.errors import ClusterError, SettingsError
+from cluster.keys_options import add_options as add_keys_options
 from cluster.settings import ServeSettings, suggest
+from cluster.usage_options import add_options as add_usage_options
 from experts.errors import ExpertsError
+from router.tenancy.errors import TenancyError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         return _run(options)
-    except (ClusterError, ExpertsError) as error:
+    except (ClusterError, ExpertsError, TenancyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
@@ -58,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_url(bench)
     _add_json(bench)
     add_bench_options(bench)
+    add_keys_options(commands.add_parser("keys", help="make, list, rotate and revoke the API keys of teams"))
+    add_usage_options(commands.add_parser("usage", help="what teams, keys and models used, and what it cost"))
     doctor = commands.add_parser("doctor", help="what is missing or misconfigured on this machine, and how to mend it")
     doctor.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="default: the demo checkpoint")
     doctor.add_argument("--groups", type=int, default=4, metavar="N", help="expert groups (default: 4)")
@@ -106,6 +111,10 @@ def _run(options: argparse.Namespace) -> int:
             from cluster.chat_command import run
         case "bench":
             from cluster.bench_command import run
+        case "keys":
+            from cluster.keys_command import run
+        case "usage":
+            from cluster.usage_command import run
         case "doctor":
             from cluster.doctor_command import run
         case _:
@@ -180,6 +189,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy (default: 0.7)")
     parser.add_argument("--seed", type=int, help="same seed, same answer; default: a random one")
+    parser.add_argument("--api-key", help="bearer token; default: OPENAI_API_KEY, which no other user can read")
 
 
 def _add_url(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,8 @@ from experts.errors import ExpertsError
 from experts.model_config import ModelConfig
 from experts.stop_signal import StopSignal
 from router.api.settings import ApiSettings
+from router.tenancy.key_file import load_key_file
+from router.tenancy.open_access import check_open_access
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +132,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
-    """Everything that can be found wrong before anything is started."""
+    """Everything that can be found wrong before anything is started.
+
+    Raises ClusterError, ExpertsError, TenancyError."""
+    check_open_access(settings.host, has_keys=settings.keys_file is not None, is_allowed=not settings.auth)
+    if settings.keys_file is not None:
+        load_key_file(settings.keys_file)
+    if settings.ledger_url is not None:
+        from router.tenancy.ledger import Ledger
+
+        Ledger(settings.ledger_url).close()
     folder, model_name = resolve_checkpoint(settings)
     report = check_headers(folder, settings.groups)
     config = ModelConfig.from_folder(folder)
@@ -168,6 +179,7 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
             heartbeat_s=settings.heartbeat_s,
             missed_heartbeats=settings.missed_heartbeats,
             numerics=settings.numerics,
+            priority_ageing_s=settings.priority_ageing_s,
             num_threads=threads.router_threads,
             kv_cache_tokens=settings.kv_cache_tokens,
         ),
@@ -194,7 +206,11 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
     return spec, ApiSettings(
         checkpoint=folder,
         served_model_names=(model_name,),
+        keys_file=None if settings.keys_file is None else settings.keys_file.absolute(),
         max_model_len=settings.max_model_len,
+        usage_journal=None if settings.ledger_url is None else get_state_dir() / "journal",
+        ledger_url=settings.ledger_url,
+        ledger_retention_days=settings.ledger_retention_days,
         router_wait_s=settings.router_wait_s,
     )
 

@@ -27,6 +27,7 @@ from pydantic import (
 
 from cluster.autoscaler import AutoscaleRule
 from cluster.errors import SettingsError
+from cluster.state_file import get_state_dir
 from router.overlap_policy import MicroBatchSetting, parse_micro_batches
 
 ENV_PREFIX = "SHOAL_"
@@ -34,6 +35,9 @@ ENV_PREFIX = "SHOAL_"
 _OTHER_VARIABLES = frozenset({"SHOAL_STATE_DIR", "SHOAL_URL", "SHOAL_SESSION"})
 # A Kubernetes service called "shoal" makes the kubelet put such variables into every pod beside it.
 _SERVICE_LINK = re.compile(r"SHOAL(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP)(_[A-Z]+)?)?)")
+
+# In a database's URL.
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^@/]*(@)")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -85,6 +89,23 @@ class ServeSettings(BaseModel):
     admin_host: str = Field("127.0.0.1", description="address the admin API listens on")
     admin_port: Port | None = Field(None, description="TCP port of the admin API; None: port + 1")
     admin_token: SecretStr | None = Field(None, description="bearer token of the admin API; None: a new random one")
+    keys_file: Path | None = Field(
+        None, description="teams and API keys, as `shoal keys` writes it; None: no keys, on loopback only"
+    )
+    auth: bool = Field(True, description="off: let everybody in without a key, whatever the address")
+    priority_ageing_s: Annotated[float, Field(gt=0, le=86400)] = Field(
+        60.0, description="seconds of waiting after which a request rises a class of priority"
+    )
+    ledger: str | None = Field(
+        None,
+        description="database of usage: sqlite:///FILE, postgresql://..., or off; None: a file in the state folder",
+    )
+    ledger_retention_days: Annotated[int, Field(ge=1, le=36500)] = Field(
+        400, description="days after which usage is kept as sums by day only"
+    )
+    gpu_hour_price: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="of one router or expert group replica for an hour, for `shoal usage`; None: no costs"
+    )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="arithmetic of trunk and experts")
     wire_dtype: Literal["bfloat16", "float32", "fp8", "fp8-both"] = Field(
         "bfloat16",
@@ -177,6 +198,8 @@ class ServeSettings(BaseModel):
                 "device cuda with deterministic: the trunk's products on a card depend on the rows beside a row; use "
                 "device cpu, or --no-deterministic"
             )
+        if self.keys_file is not None and not self.auth:
+            raise ValueError("keys_file with --no-auth: keys that nobody needs; leave one of them out")
         if self.admin_port is None and self.port == 65535:
             raise ValueError("port 65535 leaves none for the admin API: set admin_port")
         if self.admin_port == self.port:
@@ -195,9 +218,19 @@ class ServeSettings(BaseModel):
     def admin_url(self) -> str:
         return f"http://{_url_host(self.admin_host)}:{self.resolved_admin_port}"
 
+    @property
+    def ledger_url(self) -> str | None:
+        """None: the ledger is off."""
+        if self.ledger == "off":
+            return None
+        return self.ledger or f"sqlite:///{get_state_dir() / 'ledger.db'}"
+
     def describe(self) -> str:
         """The effective settings as one line; secrets masked."""
-        return " ".join(f"{name}={value}" for name, value in self.model_dump(mode="json").items() if value is not None)
+        values = self.model_dump(mode="json")
+        if self.ledger is not None:
+            values["ledger"] = _PASSWORD.sub(r"\1***\2", self.ledger)
+        return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 class ThreadSplit(NamedTuple):

@@ -45,6 +45,7 @@ class RouterSpec:
     kv_cache_tokens: int | None = None
     heartbeat_s: float = 0.2
     missed_heartbeats: int = 3
+    priority_ageing_s: float = 60.0
     numerics: Literal["sticky", "uniform", "mixed"] = "sticky"
 
 

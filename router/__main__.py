@@ -54,6 +54,10 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
     parser.add_argument("--max-model-len", type=int, default=None, help="tokens; default: the checkpoint's limit")
     parser.add_argument("--max-batched-tokens", type=int, default=2048, help="tokens of one step")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences running at once")
+    parser.add_argument("--queue-policy", choices=["fair", "fcfs"], default="fair", help="fair: between teams")
+    parser.add_argument(
+        "--priority-ageing-s", type=float, default=60.0, help="seconds of waiting after which a request rises a class"
+    )
     parser.add_argument("--kv-cache-tokens", type=int, default=None, help="default: half the free memory")
     parser.add_argument(
         "--speculative-tokens",
@@ -87,6 +91,8 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         max_model_len=options.max_model_len,
         max_batched_tokens=options.max_batched_tokens,
         max_num_seqs=options.max_num_seqs,
+        queue_policy=options.queue_policy,
+        priority_ageing_s=options.priority_ageing_s,
         kv_cache_tokens=options.kv_cache_tokens,
         speculative_tokens=options.speculative_tokens,
         expert_wait_s=options.expert_wait_s,

@@ -66,6 +66,10 @@ class BlockPool:
         """How many of these blocks would leave the free ones if they were held."""
         return sum(block_id in self._idle for block_id in block_ids)
 
+    def count_sole(self, block_ids: Iterable[int]) -> int:
+        """How many of these held blocks nobody else holds."""
+        return sum(self._num_holders[block_id] == 1 for block_id in block_ids)
+
     def hold(self, block_ids: Iterable[int]) -> None:
         """One holder more for blocks that find() gave."""
         for block_id in block_ids:

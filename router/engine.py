@@ -24,6 +24,7 @@ from router.errors import BadRequest, ExpertsUnavailable, NotReady, RouterError
 from router.loop_turns import give_turns
 from router.micro_batches import MicroBatchRunner
 from router.overlap_policy import OverlapPolicy
+from router.queue_policy import QueuePolicy
 from router.sample_rows import build_sample_row
 from router.sampler import TokenLogprobs, compute_logprobs, sample
 from router.scheduler import ScheduledChunk, Scheduler, SchedulerLimits
@@ -79,15 +80,18 @@ class Engine:
         overlap: OverlapPolicy | None = None,
         drafter: Drafter | None = None,
         find_outage: Callable[[], str | None] = lambda: None,
+        queue_policy: QueuePolicy | None = None,
+        count_expert_groups: Callable[[], int] = lambda: 1,
     ) -> None:
         """limits.num_blocks: of the trunk's cache. overlap: None computes every step as one batch. drafter: None: one
         token per sequence and step. find_outage: what has been missing for so long that no request may wait for it;
-        None: nothing."""
+        None: nothing. queue_policy: None: first come, first served. count_expert_groups: that
+        a layer is spread over."""
         self._config = config
         self._trunk = trunk
         self._micro_batches = MicroBatchRunner(trunk, overlap or OverlapPolicy("off"))
         self._drafter = drafter
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(limits, queue_policy)
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._wake = asyncio.Event()
@@ -100,6 +104,9 @@ class Engine:
         self._num_drafted: list[int] = []
         self._num_accepted: list[int] = []
         self._step_started: float | None = None
+        self._count_expert_groups = count_expert_groups
+        self._charged_until_ns = 0
+        self._charged_wait_ns = 0
 
     @property
     def draining(self) -> bool:
@@ -163,6 +170,7 @@ class Engine:
                 if not chunks:
                     self._wake.clear()
                     await self._wake.wait()
+                    self._charged_until_ns = time.perf_counter_ns()
                     continue
                 self._step_started = time.monotonic()
                 started_ns = time.perf_counter_ns()
@@ -199,6 +207,7 @@ class Engine:
         hidden_states = await self._micro_batches.forward(batch)
         await self._hand_out_prompt_logprobs(chunks, batch, hidden_states)
         sampled = self._sample(chunks, batch, hidden_states)
+        self._charge(chunks)
         going_on: list[tuple[Sequence, Segment]] = []
         for chunk, segment in zip(chunks, batch.segments, strict=True):
             sequence = chunk.sequence
@@ -208,6 +217,19 @@ class Engine:
                 going_on.append((sequence, segment))
         if self._drafter is not None and going_on:
             await self._draft(self._drafter, going_on, hidden_states)
+
+    def _charge(self, chunks: list[ScheduledChunk]) -> None:
+        """Share out among the sequences of a step the time since the last one was shared out: drafting and the turns
+        of the loop behind a step are the next one's."""
+        now_ns = time.perf_counter_ns()
+        step_ns, self._charged_until_ns = now_ns - self._charged_until_ns, now_ns
+        wait_ns = self._trunk.times.wait_ns - self._charged_wait_ns
+        self._charged_wait_ns += wait_ns
+        num_tokens = sum(chunk.num_new for chunk in chunks)
+        expert_ns = wait_ns * self._count_expert_groups()
+        for chunk in chunks:
+            chunk.sequence.router_ns += step_ns * chunk.num_new // num_tokens
+            chunk.sequence.expert_ns += expert_ns * chunk.num_new // num_tokens
 
     def _sample(
         self, chunks: list[ScheduledChunk], batch: StepBatch, hidden_states: Tensor

@@ -1,21 +1,23 @@
 """Which tokens run in the next step, and which sequence has which cache blocks.
 
 A step takes decoding sequences first, one token each (and drafts, where there are any), then prompts in chunks, up to
-its budget of tokens. A sequence takes blocks as it grows. When there are none left, the one that ranks last gives its
-blocks back and waits again; later its tokens are computed anew, or found in blocks that still hold them. The first in
-rank can always go on, so everything ends. Pure bookkeeping on lengths and block ids; it knows neither torch nor clock.
+its budget of tokens. Who is next, and who gives way, is the queue policy's to say. A sequence takes blocks as it grows.
+When there are none left, somebody gives its blocks back and waits again; later its tokens are computed anew, or found
+in blocks that still hold them. The first in rank can always go on, so everything ends. Pure bookkeeping on lengths and
+block ids; it knows neither torch nor clock.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from router.block_pool import BLOCK_SIZE, BlockPool, count_blocks
 from router.errors import BadRequest, QueueFull
 from router.prefix_hash import extend_block_hashes_
-from router.sequence import GenerationRequest, Rank, Sequence
+from router.queue_policy import FirstComeFirstServed, QueuePolicy, rank_of
+from router.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,6 @@ class ScheduledChunk(NamedTuple):
         return self.num_new - self.num_drafts == 1
 
 
-class QueuePolicy(Protocol):
-    """Who goes before whom."""
-
-    def rank(self, request: GenerationRequest, arrival: int) -> Rank:
-        """Asked once, when a request arrives; lower ranks go first. arrival: how many came before."""
-        ...
-
-
-class PriorityThenArrival:
-    """First come, first served among those of one priority. What another router had begun came before all."""
-
-    def rank(self, request: GenerationRequest, arrival: int) -> Rank:
-        return (request.priority, 0 if request.num_answer_tokens else 1, arrival)
-
-
 @dataclass
 class SchedulerCounters:
     """Since start. num_prompt_tokens: of admitted requests; num_cached_tokens: those of them found in the cache."""
@@ -72,12 +59,14 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits, policy: QueuePolicy | None = None) -> None:
         self._limits = limits
-        self._policy = policy or PriorityThenArrival()
-        self._num_arrived = 0
-        self.waiting: list[Sequence] = []  # in order of rank, like running
-        self.running: list[Sequence] = []
+        self._policy = policy or FirstComeFirstServed()
+        self.running: list[Sequence] = []  # in order of rank
         self.pool = BlockPool(limits.num_blocks)
         self.counters = SchedulerCounters()
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return self._policy.list_waiting()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises BadRequest if it could never run even alone, QueueFull if too many wait."""
@@ -88,39 +77,41 @@ class Scheduler:
                 f"the request needs {needed} tokens of KV cache, this router holds {held}: "
                 "shorten the prompt or lower max_tokens"
             )
-        # Half an answer must not be lost to those who have not begun.
-        if len(self.waiting) >= self._limits.max_waiting and sequence.request.num_answer_tokens == 0:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting already")
-        sequence.rank = self._policy.rank(sequence.request, self._num_arrived)
-        self._num_arrived += 1
-        insort(self.waiting, sequence, key=_rank_of)
+        if (refusal := self._policy.find_refusal(sequence, self._limits.max_waiting)) is not None:
+            raise QueueFull(refusal)
+        self._policy.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its blocks become free."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        self._policy.drop(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
         """The chunks of the next step, at most max_batched_tokens tokens; empty when there is nothing to do."""
         step = _Step(self._limits.max_batched_tokens)
         decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
-        for sequence in (*decoding, *prefilling):
+        for sequence in decoding:
             if sequence not in step.preempted:
                 self._extend(sequence, step)
-        # What has just given way must not come back for the blocks of the one that it gave way to.
-        if not step.preempted:
-            while step.budget > 0 and (sequence := self._admit_next()) is not None:
+        for sequence in sorted(prefilling, key=self._policy.turn):
+            self._admit(step, before=sequence)
+            if sequence not in step.preempted:
                 self._extend(sequence, step)
+        self._admit(step, before=None)
         self._add_drafts(decoding, step)
         return list(step.chunks.values())
 
     def advance(self, sequence: Sequence, num_computed: int) -> None:
         """After a step: the rows of the first num_computed tokens are written. Publishes the blocks that are full and
         gives back those that only rejected drafts needed."""
+        num_prompt = min(num_computed, sequence.num_prompt_tokens) - min(
+            sequence.num_computed, sequence.num_prompt_tokens
+        )
+        self._policy.note_computed(sequence, num_prompt, sequence.num_generated - sequence.num_reported)
+        sequence.num_reported = sequence.num_generated
         sequence.num_computed = num_computed
         extend_block_hashes_(sequence.block_hashes, sequence.token_ids, sequence.request.cache_salt)
         num_full = min(num_computed // BLOCK_SIZE, len(sequence.block_hashes))
@@ -161,8 +152,11 @@ class Scheduler:
         if missing > self.pool.num_free:
             for running in self.running:
                 self._trim(running)  # drafts are the first to give way
-        while missing > self.pool.num_free and self.running[-1] is not sequence:
-            self._preempt(self.running[-1], step)
+        while missing > self.pool.num_free:
+            victim = self._policy.find_victims(self.running, None)[0]
+            if victim is sequence:
+                break
+            self._preempt(victim, step)
         if missing > 0:
             sequence.block_ids.extend(self.pool.allocate(min(missing, self.pool.num_free)))
         num_new = min(wanted, len(sequence.block_ids) * BLOCK_SIZE - sequence.num_computed)
@@ -174,21 +168,50 @@ class Scheduler:
         step.preempted.add(sequence)
         self.running.remove(sequence)
         self._release(sequence)
-        insort(self.waiting, sequence, key=_rank_of)
+        self._policy.push(sequence)
         self.counters.num_preemptions += 1
 
-    def _admit_next(self) -> Sequence | None:
-        """Let the first of those that wait run, if it has room for all its known tokens beside the running ones, and
-        these have a block each to grow."""
-        if not self.waiting or len(self.running) >= self._limits.max_num_seqs:
-            return None
-        sequence = self.waiting[0]
-        block_ids = self._find_prefix(sequence)
+    def _admit(self, step: _Step, before: Sequence | None) -> None:
+        """Let those run whose turn it is, as long as the step has room for their tokens. before: only those whose turn
+        comes before this one's; None: whoever."""
+        # What has just given way must not come back for the blocks of the one that it gave way to.
+        while step.budget > 0 and not step.preempted and (sequence := self._policy.peek()) is not None:
+            if before is not None and self._policy.turn(before) < self._policy.turn(sequence):
+                return
+            block_ids = self._find_prefix(sequence)
+            if not self._make_room(sequence, block_ids, step):
+                return
+            self._start(sequence, block_ids)
+            self._extend(sequence, step)
+
+    def _make_room(self, sequence: Sequence, block_ids: list[int], step: _Step) -> bool:
+        """Whether there is room for all known tokens of a sequence beside the running ones and for a block for each of
+        these to grow, if need be because others give way. block_ids: that it finds in the cache."""
         needed = count_blocks(len(sequence.token_ids)) - len(block_ids) + self.pool.count_idle(block_ids)
-        if needed + self._count_promised() + len(self.running) > self.pool.num_free:
-            return None
-        del self.waiting[0]
-        insort(self.running, sequence, key=_rank_of)
+        if self._fits(needed, []):
+            return True
+        victims: list[Sequence] = []
+        for victim in self._policy.find_victims(self.running, sequence):
+            victims.append(victim)
+            if self._fits(needed, victims):
+                for each in victims:
+                    self._preempt(each, step)
+                # Blocks that victims shared, with others or with the newcomer, may have been counted as free.
+                return self._fits(needed, [])
+        return False
+
+    def _fits(self, num_blocks: int, victims: list[Sequence]) -> bool:
+        """Whether one more sequence with so many blocks can run once victims do not."""
+        staying = [running for running in self.running if running not in victims] if victims else self.running
+        freed = sum(self.pool.count_sole(victim.block_ids) for victim in victims)
+        return (
+            len(staying) < self._limits.max_num_seqs
+            and num_blocks + _count_promised(staying) + len(staying) <= self.pool.num_free + freed
+        )
+
+    def _start(self, sequence: Sequence, block_ids: list[int]) -> None:
+        """block_ids: that hold its first tokens already."""
+        insort(self.running, sequence, key=rank_of)
         self.pool.hold(block_ids)
         sequence.block_ids = block_ids
         sequence.num_published = len(block_ids)
@@ -197,7 +220,7 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed
             self.counters.num_cached_tokens += sequence.num_computed
             self.counters.num_prompt_tokens += sequence.num_prompt_tokens
-        return sequence
+        self._policy.admit(sequence)
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Published blocks that begin as the sequence does; at least its last token is left to compute."""
@@ -205,10 +228,6 @@ class Scheduler:
             return []
         extend_block_hashes_(sequence.block_hashes, sequence.token_ids, sequence.request.cache_salt)
         return self.pool.find(sequence.block_hashes)
-
-    def _count_promised(self) -> int:
-        """Blocks that running sequences will take for tokens that are known already."""
-        return sum(max(0, count_blocks(len(sequence.token_ids)) - len(sequence.block_ids)) for sequence in self.running)
 
     def _add_drafts(self, decoding: list[Sequence], step: _Step) -> None:
         """Drafts take what the step has left: they must not cost anybody a token that is sure to be wanted."""
@@ -256,5 +275,6 @@ class _Step:
             self.budget += chunk.num_new
 
 
-def _rank_of(sequence: Sequence) -> Rank:
-    return sequence.rank
+def _count_promised(running: list[Sequence]) -> int:
+    """Blocks that running sequences will take for tokens that are known already."""
+    return sum(max(0, count_blocks(len(sequence.token_ids)) - len(sequence.block_ids)) for sequence in running)

@@ -26,8 +26,8 @@ class GenerationRequest:
     """What a caller asks for. logprobs, prompt_logprobs: alternatives per token; None: no logprobs at all.
 
     num_answer_tokens: tokens at the prompt's end that another router generated: to penalties, they are the answer's.
-    priority: lower goes first. fairness_key: whose request it is, for policies that share out. cache_salt: requests
-    with different ones share no cached prefix.
+    priority: lower goes first. fairness_key: whose request it is, for policies that share out by fairness_weight.
+    cache_salt: requests with different ones share no cached prefix.
     """
 
     request_id: str
@@ -43,6 +43,7 @@ class GenerationRequest:
     priority: int = 0
     fairness_key: str = ""
     cache_salt: str = ""
+    fairness_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Sequence:
 
     num_computed: tokens whose cache rows are written. block_ids: the blocks with these rows, in order.
     block_hashes: of token_ids, as far as they were needed. num_published: its first blocks that others may find.
+    num_reported: of its generated tokens, that the queue policy knows of. router_ns, expert_ns: what it has cost, see
+    GenerateResponse.
     num_cached_tokens: of the prompt, found in the cache when it was first admitted; None: not yet.
     num_prompt_tokens_sent: prompt tokens handed out with their logprobs; a sequence that is computed anew sends none
     twice. draft_token_ids: guesses of the tokens behind the known ones, to be verified in the next step.
@@ -82,6 +85,9 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list[int])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
     num_published: int = 0
+    num_reported: int = 0
+    router_ns: int = 0
+    expert_ns: int = 0
     num_cached_tokens: int | None = None
     num_prompt_tokens_sent: int = 0
     draft_token_ids: list[int] = field(default_factory=list[int])

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import grpc.aio
 import psutil
@@ -35,13 +35,16 @@ from router.drafter import Drafter
 from router.engine import Engine
 from router.errors import NotReady
 from router.expert_pool import ExpertPool, Numerics, PoolOptions
+from router.fair_queue import DEFAULT_AGEING_S, FairQueue
 from router.heartbeat import DEFAULT_HEARTBEATS, HeartbeatOptions
 from router.latent_cache import LatentCache, cache_bytes_per_token
 from router.mtp import MtpModule
 from router.mtp_drafter import MtpDrafter
 from router.overlap_policy import MicroBatchSetting, OverlapPolicy
+from router.queue_policy import FirstComeFirstServed
 from router.scheduler import SchedulerLimits
 from router.service import RouterService, wait_drained
+from router.service_tallies import ServiceTallies
 from router.static_experts import StaticExperts
 from router.trunk import Trunk
 from router.v1 import router_pb2_grpc
@@ -76,7 +79,8 @@ class RouterConfig:
     native CPU kernel. speculative_tokens: most tokens to draft per step; 0: none;
     None: DEFAULT_SPECULATIVE_TOKENS, if the checkpoint has an MTP layer. call_timeout_s: one attempt of one expert
     call. expert_wait_s: for a group with no usable replica. heartbeats: of the
-    expert replicas. numerics: see expert_pool.PoolOptions."""
+    expert replicas. numerics: see expert_pool.PoolOptions. queue_policy: who is next; fair: shared out between the
+    fairness_keys of requests, fcfs: by arrival. priority_ageing_s: of waiting, after which a request rises a class."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -90,7 +94,9 @@ class RouterConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
-    max_waiting: int = 1024
+    max_waiting: int = 2048
+    queue_policy: Literal["fair", "fcfs"] = "fair"
+    priority_ageing_s: float = DEFAULT_AGEING_S
     speculative_tokens: int | None = None
     kv_cache_tokens: int | None = None
     call_timeout_s: float = 30.0
@@ -134,6 +140,10 @@ class RouterServer:
         self._engine_made_at = 0.0
         self._drain_requested = False
         self._pool: ExpertPool | None = None
+        self._fair_queue = None
+        if config.queue_policy == "fair":
+            self._fair_queue = FairQueue(time.monotonic, config.priority_ageing_s)
+        self._tallies = ServiceTallies(self._fair_queue, time.monotonic)
         self._load_progress = 0.0
         self._is_stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -154,6 +164,10 @@ class RouterServer:
     def pool(self) -> ExpertPool:
         assert self._pool is not None  # made before the service listens
         return self._pool
+
+    @property
+    def tallies(self) -> ServiceTallies:
+        return self._tallies
 
     @property
     def load_progress(self) -> float:
@@ -266,6 +280,8 @@ class RouterServer:
                 drafter=drafter,
                 overlap=OverlapPolicy(config.micro_batches),
                 find_outage=self._find_outage,
+                queue_policy=self._fair_queue or FirstComeFirstServed(),
+                count_expert_groups=lambda: len(self.pool.table.groups),
             )
             self._engine_made_at = time.monotonic()
         except BaseException as error:

@@ -21,6 +21,7 @@ from router.expert_table import table_from_proto
 from router.penalties import LogitBias, Penalties
 from router.sampler import SamplingParams
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
+from router.service_tallies import ServiceTallies
 from router.v1 import router_pb2 as pb
 from router.v1 import router_pb2_grpc
 
@@ -52,6 +53,8 @@ class RouterState(Protocol):
     @property
     def pool(self) -> ExpertPool: ...
     @property
+    def tallies(self) -> ServiceTallies: ...
+    @property
     def load_progress(self) -> float: ...
     def start_drain(self) -> None: ...
 
@@ -80,7 +83,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
                     finished = True
                     await _abort(context, output)
                 finished = output.finish_reason is not None
-                yield _write_output(output, sequence.num_cached_tokens or 0)
+                yield _write_output(output, sequence)
         finally:
             if not finished:  # the client left
                 engine.cancel(sequence)
@@ -104,6 +107,13 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         if engine is None:
             return pb.DrainResponse(num_running=0)
         return pb.DrainResponse(num_running=await wait_drained(engine, request.timeout_ms / 1000))
+
+    async def ExchangeTallies(
+        self,
+        request: pb.ExchangeTalliesRequest,
+        context: grpc.aio.ServicerContext[pb.ExchangeTalliesRequest, pb.ExchangeTalliesResponse],
+    ) -> pb.ExchangeTalliesResponse:
+        return pb.ExchangeTalliesResponse(tallies=self._state.tallies.exchange(request.tallies))
 
     async def Status(
         self, request: pb.StatusRequest, context: grpc.aio.ServicerContext[pb.StatusRequest, pb.StatusResponse]
@@ -216,12 +226,24 @@ def _read_request(message: pb.GenerateRequest) -> GenerationRequest:
         priority=message.priority,
         fairness_key=message.fairness_key,
         cache_salt=message.cache_salt,
+        fairness_weight=_read_weight(message.fairness_weight),
     )
 
 
-def _write_output(output: SequenceOutput, cached_tokens: int) -> pb.GenerateResponse:
+def _read_weight(weight: float) -> float:
+    """Raises BadRequest."""
+    if weight == 0.0:
+        return 1.0
+    if not 1e-6 <= weight <= 1e6:
+        raise BadRequest("fairness_weight must be between 1e-06 and 1e+06")
+    return weight
+
+
+def _write_output(output: SequenceOutput, sequence: Sequence) -> pb.GenerateResponse:
     response = pb.GenerateResponse(
-        cached_tokens=cached_tokens,
+        cached_tokens=sequence.num_cached_tokens or 0,
+        router_us=sequence.router_ns // 1000,
+        expert_us=sequence.expert_ns // 1000,
         tokens=[_write_token(token) for token in output.tokens],
         prompt_tokens=[_write_token(token) for token in output.prompt_tokens],
     )

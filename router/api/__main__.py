@@ -22,6 +22,8 @@ from router.api.app import create_app
 from router.api.errors import TokenizerError
 from router.api.router_client import StaticEndpoints
 from router.api.settings import ApiSettings
+from router.tenancy.errors import TenancyError
+from router.tenancy.open_access import check_open_access
 
 _DRAIN_TIMEOUT_S = 30
 
@@ -32,14 +34,18 @@ def main() -> int:
     settings = ApiSettings(
         checkpoint=arguments.checkpoint,
         served_model_names=tuple(arguments.served_model_name),
+        keys_file=arguments.keys_file,
+        usage_journal=arguments.usage_journal,
+        ledger_url=arguments.ledger,
         max_model_len=arguments.max_model_len,
         router_wait_s=arguments.router_wait_s,
         router_dead_s=arguments.router_dead_s,
     )
     try:
+        check_open_access(arguments.host, has_keys=arguments.keys_file is not None, is_allowed=arguments.no_auth)
         app = create_app(settings, StaticEndpoints(arguments.router))
         listener = socket.create_server((arguments.host, arguments.port), backlog=2048)
-    except (ExpertsError, TokenizerError, OSError) as error:
+    except (ExpertsError, TokenizerError, TenancyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     config = uvicorn.Config(
@@ -74,6 +80,10 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     parser.add_argument("--served-model-name", action="append", default=[], help="may be repeated")
+    parser.add_argument("--keys-file", type=Path, help="teams and keys, as `shoal keys` writes it")
+    parser.add_argument("--usage-journal", type=Path, metavar="FOLDER", help="for the ledger; default: none is kept")
+    parser.add_argument("--ledger", metavar="URL", help="database that the journal is written into; default: none")
+    parser.add_argument("--no-auth", action="store_true", help="listen to the network although there are no keys")
     parser.add_argument("--max-model-len", type=int, help="context length in tokens; default: the checkpoint's")
     parser.add_argument(
         "--router-wait-s", type=float, default=ApiSettings.router_wait_s, help="for a router to come back, then 503"

@@ -9,21 +9,28 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from router.api import chat, completions, health, models, tokenize
+from router.api.admission import Accounts, Admission
 from router.api.context import ApiContext
 from router.api.edge import Edge
 from router.api.errors import install_error_handlers
+from router.api.ledger_process import ledger_writer
 from router.api.router_client import RouterEndpoints
 from router.api.settings import ApiSettings
+from router.api.tally_exchange import sharing
 
 
 def create_app(settings: ApiSettings, router_endpoints: RouterEndpoints) -> FastAPI:
-    """Load the tokenizer and make the app. Raises ConfigError, TokenizerError."""
+    """Load tokenizer and keys and make the app. Raises ConfigError, TokenizerError, KeyFileError,
+    LedgerError."""
     context = ApiContext(settings, router_endpoints)
+    accounts = Accounts(settings.keys_file, settings.usage_journal, settings.max_concurrent_requests)
 
     @asynccontextmanager
     async def run(_app: FastAPI) -> AsyncGenerator[None, None]:
-        yield
+        async with ledger_writer(settings), sharing(context.routers, accounts):
+            yield
         await context.close()
+        accounts.close()
 
     # The interactive documentation would load scripts from elsewhere.
     app = FastAPI(lifespan=run, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -36,6 +43,8 @@ def create_app(settings: ApiSettings, router_endpoints: RouterEndpoints) -> Fast
     async def get_version() -> dict[str, str]:
         return {"version": find_version()}
 
+    # The last one added is the outermost.
+    app.add_middleware(Admission, accounts=accounts)
     app.add_middleware(Edge, settings=settings)
     return app
 

@@ -96,6 +96,7 @@ async def _prepare(context: ApiContext, body: ChatRequest, model: str, request_i
             include_stop=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
             echo=None,
+            shares_prompt=index > 0,
         )
         for index in range(body.num_choices)
     ]

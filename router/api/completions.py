@@ -105,6 +105,7 @@ async def _prepare(context: ApiContext, body: CompletionRequest, model: str, req
                     include_stop=bool(body.include_stop_str_in_output),
                     skip_special_tokens=skip_special_tokens,
                     echo=echo,
+                    shares_prompt=choice > 0,
                 )
             )
     return _Job(f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, body, plans, num_prompt_tokens)

@@ -15,6 +15,7 @@ from router.api.chat_template import ChatTemplate
 from router.api.connection import encode_json
 from router.api.errors import BadRequest, ContextLengthExceeded, ModelNotFound
 from router.api.json_body import read_json
+from router.api.request_use import get_current_use
 from router.api.router_client import RouterClient, RouterEndpoints
 from router.api.sampling_defaults import SamplingDefaults
 from router.api.settings import ApiSettings
@@ -64,15 +65,13 @@ class ApiContext:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
     def resolve_model(self, name: str | None) -> str:
-        """The name to answer under; the first one served where the request names none.
+        """The name to answer under; the first one that the key may use where the request names none.
 
-        Raises ModelNotFound; the message does not repeat the name.
+        Raises ModelNotFound or NotAllowed; the message does not repeat the name.
         """
-        if name is None:
-            return self.model_names[0]
-        if name not in self.model_names:
+        if name is not None and name not in self.model_names:
             raise ModelNotFound(f"No such model; served here: {', '.join(self.model_names)}.", param="model")
-        return name
+        return get_current_use().choose_model(name, self.model_names)
 
     async def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         def encode() -> list[list[int]]:

@@ -19,6 +19,8 @@ class Continuation:
         self._token_ids: list[int] = []
         self._num_prompt_tokens = 0
         self._num_to_skip = 0
+        self._router_us = _Sum()
+        self._expert_us = _Sum()
 
     @property
     def num_tokens(self) -> int:
@@ -27,6 +29,8 @@ class Continuation:
 
     def begin_attempt(self) -> router_pb2.GenerateRequest:
         """The request for the next router: what goes on behind the tokens received."""
+        self._router_us.begin()
+        self._expert_us.begin()
         if not self._token_ids:
             self._num_to_skip = self._num_prompt_tokens  # prompt tokens come again from the first on
             return self._request
@@ -42,8 +46,10 @@ class Continuation:
 
     def note_(self, response: router_pb2.GenerateResponse) -> bool:
         """Count response in, and make it one of the whole sequence, in place: without prompt tokens that an earlier
-        router has brought, and with a finish reason if its last token ends the sequence, whether or not the router
-        lives to say so. Returns whether it brings anything new."""
+        router has brought, with the cost of all attempts, and with a finish reason if its last token ends the
+        sequence, whether or not the router lives to say so. Returns whether it brings anything new."""
+        response.router_us = self._router_us.add(response.router_us)
+        response.expert_us = self._expert_us.add(response.expert_us)
         if self._num_to_skip > 0 and response.prompt_tokens:
             num_dropped = min(self._num_to_skip, len(response.prompt_tokens))
             self._num_to_skip -= num_dropped
@@ -61,3 +67,19 @@ class Continuation:
             response.stop_token_id = last
         elif self.num_tokens >= self._request.max_tokens:
             response.finish_reason = router_pb2.FINISH_REASON_LENGTH
+
+
+class _Sum:
+    """Of a count that begins anew with every attempt."""
+
+    def __init__(self) -> None:
+        self._before = 0
+        self._total = 0
+
+    def begin(self) -> None:
+        self._before = self._total
+
+    def add(self, count: int) -> int:
+        """count: of the present attempt so far. Returns that of all."""
+        self._total = self._before + count
+        return self._total

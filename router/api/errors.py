@@ -4,12 +4,15 @@
     |- BadRequest            400  a field, or the body as a whole, cannot be served
     |  |- ContextLengthExceeded   prompt and answer do not fit the context
     |  `- NotSupported            understood, but not offered
+    |- NotAuthenticated      401  no key, or none of ours
+    |- NotAllowed            403  the key may not do that
     |- RequestTimedOut       408  a deadline passed: the client's body, or the answer
     |- NotFound              404  unknown route
     |  `- ModelNotFound
     |- BodyTooLarge          413
     |- WrongContentType      415
     |- Overloaded            429  queues are full
+    |- RateLimited           429  a limit of the key or its team is reached
     |- Unavailable           503  no router can take the request now
     `- InternalError         500
 
@@ -23,6 +26,7 @@ answer into a 500).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +77,26 @@ class NotSupported(BadRequest):
     code = "unsupported_parameter"
 
 
+class NotAuthenticated(ApiError):
+    """Says the same whatever is wrong with a key, so that nobody learns which keys there are."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A valid API key is needed: send it as `Authorization: Bearer KEY`.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class NotAllowed(ApiError):
+    status = 403
+    type = "permission_error"
+    code = "not_allowed"
+
+
 class RequestTimedOut(ApiError):
     status = 408
     type = "timeout_error"
@@ -108,6 +132,15 @@ class Overloaded(ApiError):
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+
+
+class RateLimited(ApiError):
+    status = 429
+    type = "rate_limit_exceeded"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(retry_after_s)))})
 
 
 class Unavailable(ApiError):

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from router.api.detokenizer import Detokenizer, StopStrings
 from router.api.logprobs import TokenEntry, read_token
+from router.api.request_use import get_current_use
 from router.api.router_client import RouterClient
 from router.api.tokenizer import TextTokenizer
 from router.v1 import router_pb2
@@ -34,6 +35,8 @@ class SequencePlan:
     skip_special_tokens: bool
     echo: str | None
     """The prompt's text, where the client wants it in front of the answer."""
+    shares_prompt: bool = False
+    """Whether it is a further choice for the prompt of the plan before: its prompt is counted there."""
 
 
 class Delta(NamedTuple):
@@ -47,12 +50,28 @@ class Delta(NamedTuple):
     finish_reason: FinishReason | None
     cached_tokens: int
     """Of the prompt, found in the router's cache; the same in every piece of a choice."""
+    router_us: int = 0
+    expert_us: int = 0
+    """What the choice has cost so far."""
 
 
 async def generate(
     client: RouterClient, tokenizer: TextTokenizer, plans: Sequence[SequencePlan]
 ) -> AsyncGenerator[Delta, None]:
-    """Yield the pieces of all plans as they come. Close it (aclosing) to cancel the work. Raises ApiError."""
+    """Yield the pieces of all plans as they come. Close it (aclosing) to cancel the work. Raises ApiError.
+
+    Counts what it yields for the account of the current request, before it does.
+    """
+    with get_current_use().measure(plans) as meter:
+        async with aclosing(_generate_all(client, tokenizer, plans)) as deltas:
+            async for delta in deltas:
+                meter.count(delta)
+                yield delta
+
+
+async def _generate_all(
+    client: RouterClient, tokenizer: TextTokenizer, plans: Sequence[SequencePlan]
+) -> AsyncGenerator[Delta, None]:
     if len(plans) == 1:
         async with aclosing(_generate_one(client, tokenizer, plans[0])) as deltas:
             async for delta in deltas:
@@ -127,8 +146,11 @@ class _Assembler:
         deltas: list[Delta] = []
         if not self._is_echoed and (response.tokens or finish_reason is not None):
             deltas.append(
-                Delta(self._plan.index, self._plan.echo or "", self._prompt_tokens, (), None, self._cached_tokens)
-            )
+                Delta(
+                    self._plan.index, self._plan.echo or "", self._prompt_tokens, (), None, self._cached_tokens,
+                    response.router_us, response.expert_us,
+                )
+            )  # fmt: skip
             self._is_echoed = True
         text, stopped = self._push_tokens(response.tokens, ends_with_stop_id=finish_reason == "stop")
         if stopped:
@@ -139,7 +161,12 @@ class _Assembler:
             if not result.stopped:
                 text += self._stops.flush()
         if text or finish_reason is not None:
-            deltas.append(Delta(self._plan.index, text, (), self._tokens, finish_reason, self._cached_tokens))
+            deltas.append(
+                Delta(
+                    self._plan.index, text, (), self._tokens, finish_reason, self._cached_tokens,
+                    response.router_us, response.expert_us,
+                )
+            )  # fmt: skip
             self._tokens = []
         self.is_finished = finish_reason is not None
         return deltas

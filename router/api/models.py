@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from router.api.context import ApiContext, get_context
+from router.api.request_use import get_current_use
 
 routes = APIRouter()
 
@@ -14,7 +15,8 @@ routes = APIRouter()
 @routes.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     context = get_context(request)
-    return {"object": "list", "data": [_describe(context, name) for name in context.model_names]}
+    allowed = [name for name in context.model_names if get_current_use().may_use(name)]
+    return {"object": "list", "data": [_describe(context, name) for name in allowed]}
 
 
 @routes.get("/v1/models/{name:path}")

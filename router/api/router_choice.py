@@ -32,10 +32,11 @@ class Candidate(NamedTuple):
     last_used_s: float
 
 
-def compute_blocks(token_ids: Sequence[int]) -> list[bytes]:
-    """A digest for every whole block at the start of a prompt; each stands for all tokens up to its end."""
+def compute_blocks(token_ids: Sequence[int], cache_salt: str = "") -> list[bytes]:
+    """A digest for every whole block at the start of a prompt; each stands for all tokens up to its end. Prompts of
+    different salts share none, as in the routers' caches."""
     tokens = array("I", token_ids)
-    digest = b""
+    digest = cache_salt.encode()
     digests: list[bytes] = []
     for start in range(0, min(len(tokens) // PREFIX_BLOCK, MAX_PROMPT_BLOCKS) * PREFIX_BLOCK, PREFIX_BLOCK):
         digest = hashlib.blake2b(digest + tokens[start : start + PREFIX_BLOCK].tobytes(), digest_size=8).digest()

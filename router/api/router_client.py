@@ -128,6 +128,14 @@ class RouterClient:
         self._retired.clear()
         await asyncio.gather(*(router.close() for router in routers))
 
+    async def exchange_tallies(self, tallies: Sequence[router_pb2.Tally], timeout_s: float) -> list[router_pb2.Tally]:
+        """Give tallies to every router that answers. Returns what they all know."""
+        if not self._routers:
+            await self._refresh()
+        routers = [router for router in self._routers.values() if router.silent_since_s is None]
+        answers = await asyncio.gather(*(router.exchange_tallies(tallies, timeout_s) for router in routers))
+        return [tally for answer in answers for tally in answer]
+
     async def _fetch_status(self, router: RouterLink) -> RouterStatus:
         return RouterStatus(router.endpoint, await router.fetch_status(self._settings.status_timeout_s))
 
@@ -154,7 +162,7 @@ class RouterClient:
         # A lost one may stay in the address list for a while; it must not cost every request an attempt.
         answering = [router for router in candidates if router.silent_since_s is None]
         candidates = [router for router in answering if not router.is_unreachable()] or answering or candidates
-        blocks = compute_blocks(request.prompt_token_ids)
+        blocks = compute_blocks(request.prompt_token_ids, request.cache_salt)
         endpoint = choose_router(
             [Candidate(router.endpoint, router.num_in_flight, router.last_used) for router in candidates],
             blocks,

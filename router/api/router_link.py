@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 import grpc
 import grpc.aio
@@ -101,6 +101,20 @@ class RouterLink:
             if is_task_cancelled():
                 raise
             return None  # it left the address list meanwhile
+
+    async def exchange_tallies(
+        self, tallies: Sequence[router_pb2.Tally], timeout_s: float
+    ) -> Sequence[router_pb2.Tally]:
+        """What the router knows; nothing if it does not answer in time."""
+        try:
+            request = router_pb2.ExchangeTalliesRequest(tallies=tallies)
+            return (await self._stub.ExchangeTallies(request, timeout=timeout_s)).tallies
+        except grpc.aio.AioRpcError:
+            return ()
+        except asyncio.CancelledError:
+            if is_task_cancelled():
+                raise
+            return ()  # it left the address list meanwhile
 
     def is_connected(self) -> bool:
         """Whether a failure just now came from the router itself rather than from losing it."""

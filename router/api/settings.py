@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -14,6 +14,14 @@ class ApiSettings:
     """Folder of the Hugging Face checkpoint: config.json and the tokenizer files are read, no weights."""
     served_model_names: tuple[str, ...] = ()
     """Names that requests may give as `model`, the first one being answered; empty: the folder's name."""
+    keys_file: Path | None = None
+    """Teams and keys (router/tenancy/key_file.py); None: everybody may use everything, without a key."""
+    usage_journal: Path | None = None
+    """Folder for what requests use, from which the ledger's writer takes it; None: usage is not recorded."""
+    ledger_url: str | None = field(default=None, repr=False)
+    """Database that a child of the front writes the journal into; None: somebody else does. May hold a password."""
+    ledger_retention_days: int = 400
+    """Then records become sums by day."""
     max_model_len: int | None = None
     """Context length in tokens, prompt and answer together; None: the checkpoint's max_position_embeddings.
     Must not be larger than the routers' own."""

@@ -21,6 +21,12 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_READY: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
     REPLICA_STATE_DEAD: _ClassVar[ReplicaState]
+
+class TallyKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TALLY_KIND_UNSPECIFIED: _ClassVar[TallyKind]
+    TALLY_KIND_ROUTER: _ClassVar[TallyKind]
+    TALLY_KIND_FRONT: _ClassVar[TallyKind]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -29,6 +35,9 @@ REPLICA_STATE_STARTING: ReplicaState
 REPLICA_STATE_READY: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_DEAD: ReplicaState
+TALLY_KIND_UNSPECIFIED: TallyKind
+TALLY_KIND_ROUTER: TallyKind
+TALLY_KIND_FRONT: TallyKind
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
@@ -60,7 +69,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "max_tokens", "stop_token_ids", "ignore_eos", "min_tokens", "logprobs", "prompt_logprobs", "num_answer_tokens", "priority", "fairness_key", "cache_salt")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "max_tokens", "stop_token_ids", "ignore_eos", "min_tokens", "logprobs", "prompt_logprobs", "num_answer_tokens", "priority", "fairness_key", "cache_salt", "fairness_weight")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +83,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     FAIRNESS_KEY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    FAIRNESS_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -87,7 +97,8 @@ class GenerateRequest(_message.Message):
     priority: int
     fairness_key: str
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., num_answer_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., fairness_key: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    fairness_weight: float
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., num_answer_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., fairness_key: _Optional[str] = ..., cache_salt: _Optional[str] = ..., fairness_weight: _Optional[float] = ...) -> None: ...
 
 class TokenOutput(_message.Message):
     __slots__ = ("token_id", "logprob", "top_token_ids", "top_logprobs")
@@ -102,18 +113,22 @@ class TokenOutput(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("tokens", "prompt_tokens", "finish_reason", "stop_token_id", "cached_tokens")
+    __slots__ = ("tokens", "prompt_tokens", "finish_reason", "stop_token_id", "cached_tokens", "router_us", "expert_us")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_US_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_US_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     prompt_tokens: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     finish_reason: FinishReason
     stop_token_id: int
     cached_tokens: int
-    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., prompt_tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    router_us: int
+    expert_us: int
+    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., prompt_tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., router_us: _Optional[int] = ..., expert_us: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("replica_id", "endpoint", "incarnation", "weight_digest", "numerics_id", "state")
@@ -305,3 +320,45 @@ class StepTimes(_message.Message):
     overhead_ns: int
     step_ns: int
     def __init__(self, attention_ns: _Optional[int] = ..., gate_ns: _Optional[int] = ..., scatter_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ..., shared_ns: _Optional[int] = ..., head_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., overhead_ns: _Optional[int] = ..., step_ns: _Optional[int] = ...) -> None: ...
+
+class Tally(_message.Message):
+    __slots__ = ("source", "number", "kind", "accounts")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNTS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    number: int
+    kind: TallyKind
+    accounts: _containers.RepeatedCompositeFieldContainer[AccountTally]
+    def __init__(self, source: _Optional[str] = ..., number: _Optional[int] = ..., kind: _Optional[_Union[TallyKind, str]] = ..., accounts: _Optional[_Iterable[_Union[AccountTally, _Mapping]]] = ...) -> None: ...
+
+class AccountTally(_message.Message):
+    __slots__ = ("account", "band", "service", "is_backlogged", "num_requests", "num_tokens", "num_running")
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    BAND_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    IS_BACKLOGGED_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    account: str
+    band: int
+    service: float
+    is_backlogged: bool
+    num_requests: int
+    num_tokens: int
+    num_running: int
+    def __init__(self, account: _Optional[str] = ..., band: _Optional[int] = ..., service: _Optional[float] = ..., is_backlogged: _Optional[bool] = ..., num_requests: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_running: _Optional[int] = ...) -> None: ...
+
+class ExchangeTalliesRequest(_message.Message):
+    __slots__ = ("tallies",)
+    TALLIES_FIELD_NUMBER: _ClassVar[int]
+    tallies: _containers.RepeatedCompositeFieldContainer[Tally]
+    def __init__(self, tallies: _Optional[_Iterable[_Union[Tally, _Mapping]]] = ...) -> None: ...
+
+class ExchangeTalliesResponse(_message.Message):
+    __slots__ = ("tallies",)
+    TALLIES_FIELD_NUMBER: _ClassVar[int]
+    tallies: _containers.RepeatedCompositeFieldContainer[Tally]
+    def __init__(self, tallies: _Optional[_Iterable[_Union[Tally, _Mapping]]] = ...) -> None: ...

@@ -54,6 +54,11 @@ class RouterServiceStub:
                 request_serializer=router_dot_v1_dot_router__pb2.StatusRequest.SerializeToString,
                 response_deserializer=router_dot_v1_dot_router__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.ExchangeTallies = channel.unary_unary(
+                '/router.v1.RouterService/ExchangeTallies',
+                request_serializer=router_dot_v1_dot_router__pb2.ExchangeTalliesRequest.SerializeToString,
+                response_deserializer=router_dot_v1_dot_router__pb2.ExchangeTalliesResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer:
@@ -89,6 +94,14 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExchangeTallies(self, request, context):
+        """Carried by HTTP fronts from router to router, so that shares and limits hold over all of them: a front gives what it
+        knows and gets what the router knows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +124,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=router_dot_v1_dot_router__pb2.StatusRequest.FromString,
                     response_serializer=router_dot_v1_dot_router__pb2.StatusResponse.SerializeToString,
+            ),
+            'ExchangeTallies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExchangeTallies,
+                    request_deserializer=router_dot_v1_dot_router__pb2.ExchangeTalliesRequest.FromString,
+                    response_serializer=router_dot_v1_dot_router__pb2.ExchangeTalliesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +239,33 @@ class RouterService:
             '/router.v1.RouterService/Status',
             router_dot_v1_dot_router__pb2.StatusRequest.SerializeToString,
             router_dot_v1_dot_router__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExchangeTallies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/router.v1.RouterService/ExchangeTallies',
+            router_dot_v1_dot_router__pb2.ExchangeTalliesRequest.SerializeToString,
+            router_dot_v1_dot_router__pb2.ExchangeTalliesResponse.FromString,
             options,
             channel_credentials,
             insecure,

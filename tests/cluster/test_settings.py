@@ -29,6 +29,7 @@ def test_flag_beats_environment_beats_yaml_beats_default(tmp_path: Path):
         ({"device": "cuda", "deterministic": "true"}, {}, "use device cpu, or --no-deterministic"),
         ({"device": "gpu"}, {}, "device from the command line"),
         ({"port": "8000", "admin_port": "8000"}, {}, "choose another"),
+        ({"keys_file": "keys.json", "auth": "false"}, {}, "keys that nobody needs"),
         ({"port": "65535"}, {}, "set admin_port"),
         ({}, {"SHOAL_GROUP": "2"}, "did you mean 'SHOAL_GROUPS'"),
         ({}, {"SHOAL_DETERMINISTIC": "perhaps"}, "deterministic from the environment"),

@@ -1,5 +1,6 @@
 """Who runs in the next step, and with which blocks. No torch: the engine is played by a few lines."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 
 from router.block_pool import BLOCK_SIZE
 from router.errors import BadRequest, QueueFull
+from router.fair_queue import FairQueue
+from router.queue_policy import FirstComeFirstServed
 from router.scheduler import Scheduler, SchedulerLimits
 from router.sequence import Sequence
 from tests.router.in_process import request
@@ -137,15 +140,15 @@ def test_what_another_router_had_begun_goes_first_and_finds_no_queue_too_long() 
 
 
 def test_a_policy_ranks_by_what_it_likes() -> None:
-    class ShortestFirst:
-        def rank(self, request: object, arrival: int) -> tuple[float, ...]:
-            return (len(getattr(request, "prompt_token_ids")), arrival)  # noqa: B009
+    class ShortestFirst(FirstComeFirstServed):
+        def peek(self) -> Sequence | None:
+            return min(self.list_waiting(), key=lambda each: each.num_prompt_tokens, default=None)
 
     scheduler = Scheduler(LIMITS, ShortestFirst())
     long, short = sequence(30), sequence(3)
     scheduler.add(long)
     scheduler.add(short)
-    assert scheduler.waiting == [short, long]
+    assert run_step(scheduler) == [(short, 3), (long, 7)]
 
 
 def test_the_youngest_gives_way_when_blocks_run_out_and_is_computed_anew() -> None:
@@ -295,16 +298,18 @@ def test_drafts_take_no_block_that_a_running_sequence_needs() -> None:
     assert scheduler.reserve_drafts(drafting, 4) == 0
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_schedules_end_and_leave_the_pool_whole(seed: int) -> None:
-    """Shared prefixes, drafts, priorities, cancellations and far too few blocks."""
+    """Shared prefixes, drafts, priorities, teams, cancellations and far too few blocks."""
     rng = random.Random(seed)
     num_blocks = rng.choice([8, 12, 30])
     limits = SchedulerLimits(
         max_num_seqs=rng.choice([3, 8]), max_batched_tokens=rng.choice([9, 40, 300]), num_blocks=num_blocks,
         max_waiting=1000,
     )  # fmt: skip
-    scheduler = Scheduler(limits)
+    clock = itertools.count()
+    queue = FairQueue(lambda: next(clock) / 4, ageing_s=200.0)
+    scheduler = Scheduler(limits, FirstComeFirstServed() if seed % 2 else queue)
     longest = num_blocks * BLOCK_SIZE
     pending: list[Sequence] = []
     for _ in range(40):
@@ -313,7 +318,7 @@ def test_random_schedules_end_and_leave_the_pool_whole(seed: int) -> None:
         prompt = [*range(shared), *(rng.randrange(1000) for _ in range(own))]
         asked = request(
             prompt, rng.randrange(1, longest - len(prompt)), priority=rng.choice([0, 0, 1]),
-            cache_salt=rng.choice(["", "", "b"]),
+            cache_salt=rng.choice(["", "", "b"]), fairness_key=rng.choice("abc"), fairness_weight=rng.choice([1, 3]),
         )  # fmt: skip
         pending.append(Sequence(request=asked, token_ids=list(prompt)))
     every = list(pending)
@@ -336,3 +341,5 @@ def test_random_schedules_end_and_leave_the_pool_whole(seed: int) -> None:
     assert not (pending or scheduler.running or scheduler.waiting)
     assert all(each.cancelled or each.num_generated == each.request.max_tokens for each in every)
     assert scheduler.pool.num_free == num_blocks
+    for account in queue.list_service():
+        assert not account.is_backlogged

@@ -76,6 +76,13 @@ def test_a_folder_that_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert stderr.startswith("error: config.json: missing") and stderr.count("\n") == 1
 
 
+def test_without_keys_it_does_not_listen_to_the_network(checkpoint: Path) -> None:
+    process = start("--checkpoint", str(checkpoint), "--router", "127.0.0.1:1", "--host", "0.0.0.0")
+    _, stderr = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert "there are no API keys" in stderr and stderr.count("\n") == 1
+
+
 def test_it_imports_neither_torch_nor_ray() -> None:
     code = "import sys, router.api.app, router.api.__main__; print(sorted({'torch', 'ray'} & set(sys.modules)))"
     output = subprocess.run(

@@ -1,0 +1,1 @@
+"""Who uses the cluster and how much: teams and their keys, limits, the ledger. No HTTP, no Ray, no torch."""
