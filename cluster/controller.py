@@ -21,7 +21,8 @@ from cluster.autoscaler import Decision, GroupMemory, ReplicaLoad, compute_group
 from cluster.desired_state import DesiredState
 from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
-from cluster.fleet import Fleet, find_residents, measure_demand
+from cluster.fleet import Fleet
+from cluster.fleet_follower import FleetFollower
 from cluster.planner import (
     ActorState,
     CreateReplica,
@@ -112,6 +113,8 @@ class Prober(Protocol):
 
     async def drain_routers(self, timeout_s: float) -> int: ...
 
+    async def drain_router(self, target: tuple[str, int], timeout_s: float) -> int: ...
+
 
 class ControllerLoop:
     """Owns desired state, events and the memory between plans. Every method runs on one event loop."""
@@ -130,7 +133,6 @@ class ControllerLoop:
         """clock: seconds, monotonic. wall_clock: seconds since the epoch. fleet: the pods under the replicas; None
         where nodes stay as they are. may_act: False while another controller may be at work; no turn begins then."""
         self._spec = spec
-        self._fleet = fleet
         self._may_act = may_act
         self._store = store
         self._factory = factory
@@ -165,6 +167,11 @@ class ControllerLoop:
         self._decisions: Sequence[Decision] = ()
         self._autoscaled_s: float | None = None
         self._drains: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._follower = (
+            None
+            if fleet is None
+            else FleetFollower(spec, fleet, self._events, self._change, prober.drain_router, self._kill_router)
+        )
         # When the last turn ended, by the clock: proof that the loop moves.
         self.turned_s: float | None = None
 
@@ -197,7 +204,8 @@ class ControllerLoop:
                 lambda desired: desired_state.advance_rollout(desired, self._list_taken_ids()), "rolling replacement"
             )
         await self._autoscale(plan)
-        await self._follow_fleet(plan)
+        if self._follower is not None:
+            await self._follower.follow(lambda: self._desired, plan, self._observation)
         await self._store_events()
         return plan
 
@@ -294,27 +302,9 @@ class ControllerLoop:
             logger.info("desired state version=%d reason=%s", after.version, reason)
             return after.version
 
-    async def _follow_fleet(self, plan: Plan) -> None:
-        """Move replicas off pods that leave or are outdated, and say how many pods each group takes."""
-        existing_ids = self._observation.existing_ids
-        if self._fleet is None or existing_ids is None or self._observation.draining:
-            return
-        view = self._fleet.get_view()
-        records = self._observation.replicas
-        for replica_id in find_residents(self._desired, records, view.leaving):
-            await self._change(
-                lambda desired, leaver_id=replica_id: desired_state.replace_member(
-                    desired, leaver_id, self._list_taken_ids()
-                ),
-                f"the pod of {replica_id} is being deleted",
-            )
-        outdated_ids = find_residents(self._desired, records, view.outdated)
-        if outdated_ids and not self._desired.rollout and plan.is_settled(self._desired):
-            await self._change(
-                lambda desired: desired_state.start_member_rollout(desired, outdated_ids),
-                "their pods are older than their worker group's template",
-            )
-        self._fleet.set_demand(measure_demand(self._desired, records, existing_ids))
+    async def _kill_router(self, router_id: str) -> None:
+        await self._ray_calls.call(functools.partial(self._factory.kill, router_id))
+        self._note_existing(set(), {router_id})
 
     async def _autoscale(self, plan: Plan) -> None:
         """Judge every group that has a rule by its own load, once per AUTOSCALE_INTERVAL_S."""

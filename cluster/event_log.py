@@ -38,6 +38,7 @@ class EventLog:
         self._wall_clock = wall_clock
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._next_sequence = 1
+        self._taken_sequence = 0
         self.is_stored = True
 
     def add(self, object_name: str, action: str, reason: str) -> None:
@@ -49,6 +50,12 @@ class EventLog:
     def get_after(self, sequence: int) -> list[dict[str, Any]]:
         """Events with a greater sequence, as JSON values."""
         return [asdict(event) for event in self._events if event.sequence > sequence]
+
+    def take_new(self) -> list[Event]:
+        """Those added since this was called last."""
+        taken = [event for event in self._events if event.sequence > self._taken_sequence]
+        self._taken_sequence = self._next_sequence - 1
+        return taken
 
     def to_json(self) -> bytes:
         return json.dumps({"next": self._next_sequence, "events": [asdict(event) for event in self._events]}).encode()
@@ -64,6 +71,7 @@ class EventLog:
         own = list(self._events)
         self._events = deque(earlier, maxlen=MAX_EVENTS)
         self._next_sequence = next_sequence
+        self._taken_sequence = next_sequence - 1
         for event in own:
             self._events.append(Event(self._next_sequence, event.time, event.object, event.action, event.reason))
             self._next_sequence += 1

@@ -6,11 +6,12 @@ replicas; whoever makes the pods, Ray's autoscaler or cluster/kubernetes_backend
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.desired_state import DesiredState
+from cluster.event_log import Event
 from cluster.records import ReplicaRecord
 from cluster.spec import parse_replica_id
 
@@ -32,11 +33,19 @@ class GroupDemand:
 
 
 class Fleet(Protocol):
-    """Both calls return at once: the work is done by threads of the fleet's own."""
+    """Every call returns at once: the work is done by threads of the fleet's own."""
 
     def get_view(self) -> FleetView: ...
 
     def set_demand(self, demand: Mapping[str, GroupDemand]) -> None: ...
+
+    def renew(self, address: str) -> None:
+        """Have this pod deleted and another made from the current template, where that is ours to do."""
+        ...
+
+    def tell(self, events: Sequence[Event]) -> None:
+        """What the controller did, for whoever watches the pods' side."""
+        ...
 
 
 def find_residents(

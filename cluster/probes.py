@@ -104,6 +104,11 @@ class Probes:
         counts = await asyncio.gather(*(probe.drain(timeout_s) for probe in self._routers.values()))
         return sum(counts)
 
+    async def drain_router(self, target: Target, timeout_s: float) -> int:
+        """Drain one. Returns how many sequences it still runs; one that is gone has none."""
+        probe = self._routers.get(target)
+        return 0 if probe is None else await probe.drain(timeout_s)
+
     async def close(self) -> None:
         probes: list[_Probe] = [*self._replicas.values(), *self._routers.values()]
         self._replicas.clear()

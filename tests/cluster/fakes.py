@@ -161,6 +161,7 @@ class FakeProber:
         self.targets: tuple[Mapping[tuple[str, int], str], Mapping[tuple[str, int], str]] = ({}, {})
         self.pushed: list[tuple[tuple[str, int], int]] = []
         self.drained_s: list[float] = []
+        self.drained_routers: list[tuple[str, int]] = []
         self.loads: dict[str, ReplicaLoad] = {}
         self.pairs: list[experts_pb2.LoadResponse] = []
 
@@ -187,6 +188,10 @@ class FakeProber:
 
     async def drain_routers(self, timeout_s: float) -> int:
         self.drained_s.append(timeout_s)
+        return 0
+
+    async def drain_router(self, target: tuple[str, int], timeout_s: float) -> int:
+        self.drained_routers.append(target)
         return 0
 
 
