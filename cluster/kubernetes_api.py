@@ -263,14 +263,21 @@ def _build_error(what: str, error: Any) -> KubernetesError:
         return ApiForbidden(f"the service account may not {what}: add the verb to its Role ({message})")
     if status == 404:
         return ApiNotFound(f"{what}: {message}")
-    # A JSON patch whose test fails is 422 to this API, as is a body that breaks the schema.
-    if status == 409 or (status == 422 and ("testing" in message or "test operation" in message.lower())):
+    # A JSON patch whose test fails is a 422 too, without a cause; a body that breaks the schema has some.
+    if status == 409 or (status == 422 and not _read_causes(error)):
         return ApiConflict(f"{what}: {message}")
     if status == 410:
         return ApiGone(f"{what}: {message}")
     if status == 429 or status >= 500 or status == 0:
         return ApiUnavailable(f"{what}: the API server answered {status}: {message}")
     return KubernetesError(f"{what}: the API server answered {status}: {message}")
+
+
+def _read_causes(error: Any) -> list[Any]:
+    try:
+        return json.loads(error.body)["details"].get("causes") or []
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
 
 
 def _read_message(error: Any) -> str:

@@ -12,9 +12,11 @@ that are gone are cleared, a patch that was lost is made again. Rights needed: s
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,16 +29,35 @@ from cluster.errors import (
     KubernetesError,
     StartError,
 )
+from cluster.event_log import Event
 from cluster.fleet import FleetView, GroupDemand
 from cluster.kubernetes_api import KubernetesApi
 from cluster.kubernetes_watch import KubernetesWatch
-from cluster.pod_plan import GroupChange, clamp, plan_change
-from cluster.worker_groups import Pod, RayClusterView, Scaling, find_problems, read_cluster, read_pod
+from cluster.pod_plan import GroupChange, clamp, plan_change, plan_renewal
+from cluster.pod_resources import ROUTER_RESOURCE
+from cluster.worker_groups import (
+    Pod,
+    RayClusterView,
+    Scaling,
+    WorkerGroup,
+    find_problems,
+    read_cluster,
+    read_pod,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 5
 _FIRST_RETRY_S = 0.05
+# The controller's actions that become Events, with their reasons; states of processes do not.
+_EVENT_REASONS = {
+    "create": "Creating",
+    "drain": "Draining",
+    "remove": "Removing",
+    "change": "GroupChanged",
+    "restart": "RollingReplacement",
+}
+_MAX_EVENTS = 200
 # A change that did not come through is looked at again after this, and everything now and then anyway.
 _RECHECK_S = 1.0
 _PERIODIC_S = 30.0
@@ -67,6 +88,10 @@ class KubernetesBackend:
         self._cluster: RayClusterView | None = None
         self._pods: Mapping[str, Pod] | None = None
         self._demand: Mapping[str, GroupDemand] | None = None
+        # Address of the router pod that is to be renewed now.
+        self._renewed: frozenset[str] = frozenset()
+        # (reason, message) of Events that are still to be written; the oldest go if the API server is away for long.
+        self._events: deque[tuple[str, str]] = deque(maxlen=_MAX_EVENTS)
         # Of the thread that makes the changes.
         self._written: dict[str, int] = {}
         self._told: dict[str, str] = {}
@@ -111,6 +136,20 @@ class KubernetesBackend:
             self._demand = dict(demand)
         self._wake.set()
 
+    def renew(self, address: str) -> None:
+        """Only pods of groups that hold routers are renewed so: replicas are replaced before their pods go."""
+        with self._lock:
+            if address in self._renewed:
+                return
+            self._renewed = frozenset({address})
+        self._wake.set()
+
+    def tell(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if (reason := _EVENT_REASONS.get(event.action)) is not None:
+                self._events.append((reason, f"{event.object}: {event.reason}"))
+                self._wake.set()
+
     def _see_clusters(self, objects: Mapping[str, dict[str, Any]]) -> None:
         document = objects.get(self._api.cluster_name)
         if document is None:
@@ -136,7 +175,7 @@ class KubernetesBackend:
             before, self._pods = self._pods, pods
         for pod in pods.values():
             if pod.is_leaving and pod.group_name and (before is None or not _was_leaving(before.get(pod.name))):
-                logger.info("pod %s of %s is being deleted", pod.name, pod.group_name)
+                self._events.append(("PodLeaving", f"pod {pod.name} of {pod.group_name} is being deleted"))
         self._wake.set()
 
     def _run(self) -> None:
@@ -145,34 +184,44 @@ class KubernetesBackend:
             self._wake.wait(pause_s)
             self._wake.clear()
             try:
+                self._send_events()
                 pause_s = _PERIODIC_S if self._reconcile() else _RECHECK_S
             except Exception:
                 logger.exception("a look at the worker groups failed")
                 pause_s = _RECHECK_S
 
+    def _send_events(self) -> None:
+        with self._lock:
+            cluster = self._cluster
+        while cluster is not None and self._events:
+            self._send_event(cluster, *self._events.popleft(), warning=False)
+
     def _reconcile(self) -> bool:
         """Bring every group to what is demanded. Returns False if something is left to do."""
         with self._lock:
-            cluster, pods, demand = self._cluster, self._pods, self._demand
+            cluster, pods, demand, renewed = self._cluster, self._pods, self._demand, self._renewed
         if self._scaling != "controller" or cluster is None or pods is None or demand is None:
             return True
         is_done = True
-        for name, wanted in demand.items():
-            own_pods = [pod for pod in pods.values() if pod.group_name == name]
-            entry = cluster.find_group(name)
-            if entry is not None and plan_change(entry[1], own_pods, wanted) is None:
-                self._tell_limits(
-                    name, entry[1].min_replicas, entry[1].max_replicas, clamp(entry[1], wanted.num_pods), wanted
-                )
+        for group in cluster.groups:
+            own_pods = [pod for pod in pods.values() if pod.group_name == group.name]
+            if (wanted := demand.get(group.name)) is not None:
+                plan = functools.partial(plan_change, pods=own_pods, demand=wanted)
+            elif ROUTER_RESOURCE in group.resources:
+                plan = functools.partial(plan_renewal, pods=own_pods, addresses=renewed)
+            else:
+                continue
+            if plan(group) is None:
+                self._tell_limits(group, wanted)
                 continue
             try:
-                self._change_group(name, own_pods, wanted)
+                self._change_group(group.name, plan)
             except ClusterError as error:
                 is_done = False
-                self._tell(name, "ChangeFailed", str(error))
+                self._tell(group.name, "ChangeFailed", str(error))
         return is_done
 
-    def _change_group(self, name: str, pods: Sequence[Pod], demand: GroupDemand) -> None:
+    def _change_group(self, name: str, plan: Callable[[WorkerGroup], GroupChange | None]) -> None:
         """Read, plan, patch, at most MAX_TRIES times. Raises KubernetesError."""
         pause_s = _FIRST_RETRY_S
         for attempt in range(MAX_TRIES):
@@ -181,7 +230,7 @@ class KubernetesBackend:
             if entry is None:
                 raise ApiNotFound(f"the RayCluster has no single worker group {name!r}: it must have exactly one")
             index, group = entry
-            change = plan_change(group, pods, demand)
+            change = plan(group)
             if change is None:
                 return
             if not self._may_write():
@@ -217,14 +266,13 @@ class KubernetesBackend:
         logger.info("%s: %s", change.action, reason)
         self._send_event(view, change.action, reason, warning=False)
 
-    def _tell_limits(self, name: str, minimum: int, maximum: int, replicas: int, demand: GroupDemand) -> None:
-        if demand.num_pods > replicas:
-            text = (
-                f"worker group {name}: {demand.num_pods} replicas need a pod, but its range is {minimum} to {maximum}"
-            )
-            self._tell(name, "AtLimit", text)
+    def _tell_limits(self, group: WorkerGroup, demand: GroupDemand | None) -> None:
+        """Nothing is to be written: because all is well, or because the group may have no more pods."""
+        if demand is not None and demand.num_pods > clamp(group, demand.num_pods):
+            bounds = f"its range is {group.min_replicas} to {group.max_replicas}"
+            self._tell(group.name, "AtLimit", f"{demand.num_pods} replicas of {group.name} need a pod, but {bounds}")
         else:
-            self._told.pop(name, None)
+            self._told.pop(group.name, None)
 
     def _tell(self, name: str, action: str, message: str) -> None:
         """A warning, once until something else is to be said of this group."""

@@ -122,6 +122,14 @@ class LeaderLease:
             return False
         return self._write(asked_s, lease)
 
+    def _announce(self) -> None:
+        logger.info("leading identity=%s", self._identity)
+        lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "name": self._name}
+        try:
+            self._api.create_event(lease, "LeaderElected", f"{self._identity} leads")
+        except KubernetesError as error:
+            logger.warning("no Event was written: %s", error)
+
     def _write(self, asked_s: float, lease: Mapping[str, Any] | None) -> bool:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         before = dict((lease or {}).get("spec") or {})
@@ -144,6 +152,6 @@ class LeaderLease:
         self._seen = (written["spec"], self._clock())
         self._held_until_s = asked_s + self._times.renew_within_s
         if not self.acquired.is_set():
-            logger.info("leading identity=%s", self._identity)
             self.acquired.set()
+            self._announce()
         return True

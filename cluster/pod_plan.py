@@ -8,7 +8,7 @@ corrected so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from cluster.fleet import GroupDemand
@@ -40,6 +40,21 @@ def plan_change(group: WorkerGroup, pods: Sequence[Pod], demand: GroupDemand) ->
     if replicas == group.replicas and named == group.workers_to_delete:
         return None
     return GroupChange(replicas, named, *_explain(group, replicas, named, demand))
+
+
+def plan_renewal(group: WorkerGroup, pods: Sequence[Pod], addresses: Collection[str]) -> GroupChange | None:
+    """Have the pods of these addresses deleted and made anew: a named pod goes whatever `replicas` says."""
+    pod_names = {pod.name for pod in pods}
+    pending = tuple(name for name in group.workers_to_delete if name in pod_names)
+    renewed = (pod.name for pod in pods if pod.address in addresses and not pod.is_leaving and pod.name not in pending)
+    named = (*pending, *renewed)
+    if named == group.workers_to_delete:
+        return None
+    if set(named) <= set(group.workers_to_delete):
+        return GroupChange(
+            group.replicas, named, "NamesCleared", f"worker group {group.name}: names of gone pods cleared"
+        )
+    return GroupChange(group.replicas, named, "PodsRenewed", f"worker group {group.name}: renewing {', '.join(named)}")
 
 
 def clamp(group: WorkerGroup, num_pods: int) -> int:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.fleet import GroupDemand
-from cluster.pod_plan import GroupChange, plan_change
+from cluster.pod_plan import GroupChange, plan_change, plan_renewal
 from cluster.worker_groups import Pod, Template, WorkerGroup
 
 TEMPLATE = Template("shoal:1", "")
@@ -87,3 +87,19 @@ def test_the_group_s_own_bounds_hold_and_are_said():
 @pytest.mark.parametrize("bounds", [(0, -1), (3, 2), (-1, 2)])
 def test_a_group_with_bounds_that_are_no_range_is_left_alone(bounds: tuple[int, int]):
     assert plan(replace(GROUP, min_replicas=bounds[0], max_replicas=bounds[1]), [A], 1, A) is None
+
+
+def test_a_pod_is_renewed_by_name_without_lowering_the_number_and_the_name_is_cleared():
+    change = plan_renewal(GROUP, [A, B], {B.address})
+    assert change is not None
+    assert (change.replicas, change.workers_to_delete, change.action) == (2, (B.name,), "PodsRenewed")
+    named = replace(GROUP, workers_to_delete=(B.name,))
+    assert plan_renewal(named, [A, replace(B, is_leaving=True)], {B.address}) is None
+    change = plan_renewal(named, [A, C], {B.address})
+    assert change is not None
+    assert (change.replicas, change.workers_to_delete) == (2, ())
+
+
+def test_an_address_that_no_pod_has_renews_nothing():
+    assert plan_renewal(GROUP, [A, B], {"10.9.9.9"}) is None
+    assert plan_renewal(GROUP, [A, B], ()) is None
