@@ -15,7 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import ExpertReplica, Router
 from cluster.data_plane_env import DATA_PLANE_ENV
-from cluster.spec import ClusterSpec
+from cluster.pod_resources import ROUTER_RESOURCE, expert_resource
+from cluster.spec import ClusterSpec, parse_replica_id
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class ActorFactory:
 
     def create_router(self, router_id: str) -> Any:
         """Routers go round the nodes, the first one beside the HTTP front."""
-        node_id = None if self._spec.own_ray else self._choose_router_node(router_id)
+        node_id = None if self._spec.own_ray or self._spec.on_pods else self._choose_router_node(router_id)
         return self._create(Router, router_id, DATA_PLANE_ENV, self._spec_json, router_id, node_id=node_id)
 
     def create_controller(self, *args: Any) -> Any:
@@ -54,7 +55,9 @@ class ActorFactory:
         return frozenset(ray.util.list_named_actors())
 
     def list_nodes(self) -> frozenset[str]:
-        """Ray's ids of the nodes that live."""
+        """Ray's ids of the nodes that live, to choose from; none where pods' resources decide."""
+        if self._spec.on_pods:
+            return frozenset()
         return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
     def drain_replica(self, replica_id: str, grace_s: float) -> None:
@@ -78,6 +81,12 @@ class ActorFactory:
         node_ids = [home_id, *sorted(self.list_nodes() - {home_id})]
         return node_ids[self._spec.router_ids.index(router_id) % len(node_ids)]
 
+    def _get_resource(self, name: str) -> str:
+        """Of the pods that an actor of this name may live on, one to a pod."""
+        if name in self._spec.router_ids:
+            return ROUTER_RESOURCE
+        return expert_resource(parse_replica_id(name)[0])
+
     def _create(self, actor_class: type, name: str, env: dict[str, str], *args: Any, node_id: str | None = None) -> Any:
         options: dict[str, Any] = {
             "name": name,
@@ -93,6 +102,8 @@ class ActorFactory:
         if actor_class in (ExpertReplica, Router):
             # Ray shows a process the cards that it reserved for it and no other; with 0 none.
             options["num_gpus"] = self._spec.gpus_per_actor
+            if self._spec.on_pods:
+                options["resources"] = {self._get_resource(name): 1}
         if not self._spec.own_ray:
             options["scheduling_strategy"] = (
                 "SPREAD" if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=False)

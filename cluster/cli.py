@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"shoal {_get_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_serve(commands.add_parser("serve", help="start a cluster and serve a checkpoint until Ctrl-C"))
+    _add_serve(commands.add_parser("controller", help="on Kubernetes: control a cluster in the pods of a RayCluster"))
+    leave = commands.add_parser("leave", help="in a pod that is being deleted: wait until nothing runs in it any more")
+    leave.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest wait (default: 600)")
     status = commands.add_parser("status", help="what runs where, and in which state")
     _add_url(status)
     _add_json(status)
@@ -91,6 +94,10 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "serve":
             from cluster.serve_command import run
+        case "controller":
+            from cluster.controller_command import run
+        case "leave":
+            from cluster.leave_command import run
         case "status":
             from cluster.status_command import run
         case "scale":

@@ -171,7 +171,7 @@ class RayBackend:
         return node.get_logs_dir_path() if node is not None else "unknown"
 
     def start_serve(self, api_settings: ApiSettings) -> None:
-        """Start the HTTP front in a thread; poll_serve says when it is up."""
+        """Start the HTTP front in a thread; poll_serve says when it is up. One that runs already is left as it is."""
         self._serve_thread = threading.Thread(target=self._run_serve, args=(api_settings,), name="serve", daemon=True)
         self._serve_thread.start()
 
@@ -232,6 +232,9 @@ class RayBackend:
                     logging_config=logging_config,
                 )
             if self._is_stopping:
+                return
+            if APPLICATION_NAME in serve.status().applications:
+                self._serve_started = True
                 return
             with self._timed("start the HTTP front"):
                 serve.run(build_application(api_settings), name=APPLICATION_NAME, route_prefix="/")

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -145,12 +146,33 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
     folder, model_name = resolve_checkpoint(settings)
     report = check_headers(folder, settings.groups)
     config = ModelConfig.from_folder(folder)
+    check_settings(settings, config)
     _reap_leftovers(settings)
     check_port(settings.host, settings.port, "--port")
     check_port(settings.admin_host, settings.resolved_admin_port, "--admin-port")
     need = measure_memory(settings, report)
     if settings.address is None:
         check_memory(need)
+    spec = build_spec(settings, folder, model_name, config)
+    # Only now: a start that is refused is one line.
+    logger.info("settings %s", settings.describe())
+    logger.info("device=%s cores=%d memory: %s", settings.device, _count_cores(), need)
+    logger.info(
+        "model=%s groups=%d replicas=%d routers=%d expert_threads=%d router_threads=%d api=%s admin=%s",
+        model_name,
+        settings.groups,
+        settings.replicas,
+        settings.routers,
+        spec.expert_threads,
+        spec.router.num_threads,
+        settings.url,
+        settings.admin_url,
+    )
+    return spec, build_api_settings(settings, folder, model_name)
+
+
+def check_settings(settings: ServeSettings, config: ModelConfig) -> None:
+    """Raises PreflightError for what this model cannot do."""
     if settings.max_model_len is not None and settings.max_model_len > config.max_position_embeddings:
         raise PreflightError(
             f"max_model_len is {settings.max_model_len}, but the checkpoint was made for at most "
@@ -160,8 +182,12 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
         raise PreflightError(
             f"speculative_tokens is {settings.speculative_tokens}, but the checkpoint has no MTP layer to draft with"
         )
+
+
+def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: ModelConfig) -> ClusterSpec:
+    """What the cluster begins as, on loopback and without cards: those are found out from the Ray cluster."""
     threads = split_threads(settings, _count_cores())
-    spec = ClusterSpec(
+    return ClusterSpec(
         model_name=model_name,
         checkpoint=str(folder),
         dtype=settings.dtype,
@@ -189,21 +215,10 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
         autoscale_dry_run=settings.autoscale_dry_run,
         device=settings.device,
     )
-    # Only now: a start that is refused is one line.
-    logger.info("settings %s", settings.describe())
-    logger.info("device=%s cores=%d memory: %s", settings.device, _count_cores(), need)
-    logger.info(
-        "model=%s groups=%d replicas=%d routers=%d expert_threads=%d router_threads=%d api=%s admin=%s",
-        model_name,
-        settings.groups,
-        settings.replicas,
-        settings.routers,
-        threads.expert_threads,
-        threads.router_threads,
-        settings.url,
-        settings.admin_url,
-    )
-    return spec, ApiSettings(
+
+
+def build_api_settings(settings: ServeSettings, folder: Path, model_name: str) -> ApiSettings:
+    return ApiSettings(
         checkpoint=folder,
         served_model_names=(model_name,),
         keys_file=None if settings.keys_file is None else settings.keys_file.absolute(),

@@ -32,7 +32,7 @@ from router.overlap_policy import MicroBatchSetting, parse_micro_batches
 
 ENV_PREFIX = "SHOAL_"
 # Variables that other commands read; they are no settings of a cluster.
-_OTHER_VARIABLES = frozenset({"SHOAL_STATE_DIR", "SHOAL_URL", "SHOAL_SESSION"})
+_OTHER_VARIABLES = frozenset({"SHOAL_STATE_DIR", "SHOAL_URL", "SHOAL_SESSION", "SHOAL_KUBE_ASSETS"})
 # A Kubernetes service called "shoal" makes the kubelet put such variables into every pod beside it.
 _SERVICE_LINK = re.compile(r"SHOAL(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP)(_[A-Z]+)?)?)")
 
@@ -178,6 +178,21 @@ class ServeSettings(BaseModel):
     start_timeout_s: Annotated[float, Field(gt=0, le=86400)] = Field(
         1800.0, description="seconds until the cluster must be ready, loading included"
     )
+    kubernetes_cluster: Annotated[str, Field(min_length=1, max_length=63)] | None = Field(
+        None, description="RayCluster on whose pods `shoal controller` runs routers and expert groups"
+    )
+    kubernetes_namespace: Annotated[str, Field(min_length=1, max_length=63)] = Field(
+        "default", description="namespace of that RayCluster"
+    )
+    kubernetes_lease: Annotated[str, Field(min_length=1, max_length=253)] | None = Field(
+        None, description="Lease that says which controller leads; None: the RayCluster's name with -controller"
+    )
+    kubernetes_scaling: Literal["ray", "controller"] = Field(
+        "ray", description="who makes pods; ray: its autoscaler, controller: `shoal controller`, with that one off"
+    )
+    kubernetes_gpus_per_pod: Annotated[float, Field(ge=0, le=64)] = Field(
+        0.0, description="GPUs that the one actor of a pod takes; 0: computes on CPUs"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe message shown")
 
     @field_validator("autoscale", mode="before")
@@ -209,6 +224,10 @@ class ServeSettings(BaseModel):
     @property
     def resolved_admin_port(self) -> int:
         return self.port + 1 if self.admin_port is None else self.admin_port
+
+    @property
+    def resolved_kubernetes_lease(self) -> str:
+        return self.kubernetes_lease or f"{self.kubernetes_cluster}-controller"
 
     @property
     def url(self) -> str:

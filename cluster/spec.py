@@ -71,6 +71,8 @@ class ClusterSpec:
     # Where routers and replicas compute, and what each asks Ray for (cluster/gpu_share.py).
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus_per_actor: float = 0.0
+    # Each actor asks for the resource of its pods (cluster/pod_resources.py), and Ray finds the node; else we do.
+    on_pods: bool = False
 
     @property
     def replica_groups(self) -> dict[str, GroupSpec]:
