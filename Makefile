@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 BESIDE_TESTS := tests/ray tests/scenarios tests/reference tests/cluster
 BESIDE_LOG := $(VENV)/tests-beside.log
 
-.PHONY: setup serve test check format proto bench clean
+.PHONY: setup serve test chaos check format proto bench clean
 
 # Everything the project needs, in .venv; repeated only when what decides it changes.
 setup: $(VENV)/.installed
@@ -28,6 +28,11 @@ test: setup
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BESIDE_TESTS)); others=$$?; \
 	wait $$beside; beside=$$?; cat $(BESIDE_LOG); \
 	test $$others -eq 0 && test $$beside -eq 0
+
+# Faults for as long as they may last, which is longer than a test should take.
+chaos: setup
+	KUBE_CHAOS=1 KUBE_OUTAGE_S=20 $(BIN)/python -m pytest -q tests/kubernetes/test_outage.py \
+	  tests/kubernetes/test_leadership.py tests/kubernetes/test_end_to_end.py
 
 # Format, lint, types, import contracts, and committed stubs that equal what the protos generate.
 check: setup

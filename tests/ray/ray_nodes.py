@@ -5,9 +5,11 @@ The head is at the machine's own address, which Ray takes for any loopback one, 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -26,7 +28,7 @@ class RayNodes:
     Each node is a process of its own in the foreground (`ray start --block`).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, head_resources: Mapping[str, float] | None = None) -> None:
         self.address = f"{HEAD_HOST}:{find_free_ports(1, HEAD_HOST)[0]}"
         self._environment = os.environ | {
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
@@ -35,11 +37,16 @@ class RayNodes:
         }
         self._logs = folder
         port = self.address.partition(":")[2]
-        self.head = self._start("head", "--head", f"--port={port}", "--include-dashboard=false", host=HEAD_HOST)
+        arguments = ["--head", f"--port={port}", "--include-dashboard=false"]
+        self.head = self._start("head", *arguments, host=HEAD_HOST, resources=head_resources)
         self.worker: psutil.Process | None = None
 
     def add_worker(self) -> None:
-        self.worker = self._start("worker", f"--address={self.address}", host=WORKER_HOST)
+        self.worker = self.start_worker("worker", WORKER_HOST)
+
+    def start_worker(self, name: str, host: str, resources: Mapping[str, float] | None = None) -> psutil.Process:
+        """Whoever calls this ends it with kill_node."""
+        return self._start(name, f"--address={self.address}", host=host, resources=resources)
 
     def is_up(self, name: str) -> bool:
         """Whether `head` or `worker` belongs to the cluster by now."""
@@ -48,16 +55,20 @@ class RayNodes:
     def kill_worker(self) -> None:
         """The whole node at once: raylet, agents and every actor on it."""
         assert self.worker is not None
-        _kill_tree(self.worker)
+        kill_node(self.worker)
 
     def close(self) -> None:
         for process in (self.worker, self.head):
             if process is not None:
-                _kill_tree(process)
+                kill_node(process)
 
-    def _start(self, name: str, *arguments: str, host: str) -> psutil.Process:
+    def _start(
+        self, name: str, *arguments: str, host: str, resources: Mapping[str, float] | None = None
+    ) -> psutil.Process:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", *arguments, *_ARGUMENTS]
+        if resources:
+            command.append(f"--resources={json.dumps(dict(resources))}")
         with (self._logs / f"{name}.log").open("w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
@@ -65,7 +76,7 @@ class RayNodes:
         return psutil.Process(process.pid)
 
 
-def _kill_tree(process: psutil.Process) -> None:
+def kill_node(process: psutil.Process) -> None:
     """SIGKILL to the process and all that descends from it, stopped first so that none makes another."""
     try:
         processes = [process, *process.children(recursive=True)]
