@@ -128,6 +128,7 @@ class _Command:
             port=self._settings.resolved_admin_port,
             log_level="warning",
             access_log=False,
+            lifespan="off",
         )
         server = _Server(config)
         tasks = [asyncio.create_task(server.serve()), asyncio.create_task(self._lead())]

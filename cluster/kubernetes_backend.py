@@ -125,7 +125,9 @@ class KubernetesBackend:
             outdated=frozenset(
                 pod.address
                 for pod in alive
-                if not pod.is_leaving and pod.template != templates.get(pod.group_name, pod.template)
+                if not pod.is_leaving
+                and (template := templates.get(pod.group_name)) is not None
+                and not template.has_made(pod.template)
             ),
         )
 
@@ -184,8 +186,8 @@ class KubernetesBackend:
             self._wake.wait(pause_s)
             self._wake.clear()
             try:
-                self._send_events()
                 pause_s = _PERIODIC_S if self._reconcile() else _RECHECK_S
+                self._send_events()
             except Exception:
                 logger.exception("a look at the worker groups failed")
                 pause_s = _RECHECK_S

@@ -24,10 +24,15 @@ REVISION_LABEL = "shoal.dev/revision"
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What tells an older pod from a newer one: the image of the first container, and the chart's revision label."""
+    """What tells an older pod from a newer one: the chart's revision label, else the image of the first container."""
 
     image: str
     revision: str
+
+    def has_made(self, pod: Template) -> bool:
+        """Whether a pod that was made like this is current. With a revision the image does not count: an admission
+        webhook may have put another name for it into the pod."""
+        return self.revision == pod.revision if self.revision else self.image == pod.image
 
 
 @dataclass(frozen=True, slots=True)

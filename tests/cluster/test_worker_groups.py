@@ -75,6 +75,13 @@ def test_a_pod_without_address_or_labels_can_be_read():
     assert (pod.address, pod.group_name, pod.is_leaving, pod.template) == ("", "", False, Template("", ""))
 
 
+def test_the_revision_decides_what_is_current_and_without_one_the_image():
+    assert Template("a", "1").has_made(Template("mirror/a", "1"))
+    assert not Template("a", "1").has_made(Template("a", "2"))
+    assert Template("a", "").has_made(Template("a", ""))
+    assert not Template("b", "").has_made(Template("a", ""))
+
+
 def test_an_object_without_what_it_needs_is_refused():
     with pytest.raises(BadRecord):
         read_cluster({"metadata": {"name": "c"}})

@@ -52,6 +52,11 @@ def _build_template(image: str) -> dict[str, Any]:
     return {"spec": {"containers": [{"name": "ray", "image": image}]}}
 
 
+def list_event_messages(api_client: client.ApiClient, namespace: str) -> list[str]:
+    answer = client.CoreV1Api(api_client).list_namespaced_event(namespace, _preload_content=False)
+    return [event.get("message") or "" for event in json.loads(answer.data)["items"]]
+
+
 class RayClusterObject:
     """The object on the server, as somebody with every right reads and edits it."""
 

@@ -5,12 +5,11 @@ import threading
 import time
 from typing import Any
 
-from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from tests.kubernetes.conftest import Place
 from tests.kubernetes.controlled import controlled
-from tests.kubernetes.ray_cluster import PlayedOperator
+from tests.kubernetes.ray_cluster import PlayedOperator, list_event_messages
 
 NUM_CHANGES = 20
 
@@ -119,14 +118,12 @@ async def test_a_reset_by_the_operator_is_corrected_and_an_event_says_so(place: 
             # Seen by the watch, not by the look that comes every half minute.
             assert time.monotonic() - started_s < 15
             await setting.turn_until(
-                lambda: any("somebody else had written 1 over 3" in text for text in _list_events(place))
+                lambda: any(
+                    "somebody else had written 1 over 3" in text
+                    for text in list_event_messages(place.server.admin, place.namespace)
+                )
             )
 
 
 def _list_names(place: Place, group_name: str) -> list[str]:
     return (place.cluster.read_groups()[group_name].get("scaleStrategy") or {}).get("workersToDelete") or []
-
-
-def _list_events(place: Place) -> list[str]:
-    events = client.CoreV1Api(place.server.admin).list_namespaced_event(place.namespace)
-    return [event.message or "" for event in events.items]
