@@ -187,7 +187,7 @@ class _Command:
         from cluster.record_store import RayRecordStore
 
         store = RayRecordStore()
-        _check_same_cut(store.get(SPEC_KEY), self._spec)
+        check_same_cut(store.get(SPEC_KEY), self._spec)
         store.put(SPEC_KEY, self._spec.to_json())
         record = ControllerRecord(
             pid=os.getpid(),
@@ -240,7 +240,7 @@ class _Command:
         return secrets.token_urlsafe(32)
 
 
-def _check_same_cut(stored: bytes | None, spec: ClusterSpec) -> None:
+def check_same_cut(stored: bytes | None, spec: ClusterSpec) -> None:
     """Expert groups that run hold what they were made for; another cut needs another cluster beside this one."""
     if stored is None:
         return

@@ -1,0 +1,44 @@
+from dataclasses import replace
+
+import pytest
+
+from cluster.cli import main
+from cluster.controller_command import check_same_cut
+from cluster.errors import StartError
+from tests.cluster.fakes import make_spec
+
+_COMPLETE = ("--kubernetes-cluster", "shoal", "--address", "head:6379")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ((), 2, "kubernetes_cluster is not set"),
+        (("--kubernetes-cluster", "shoal"), 2, "address is not set"),
+        ((*_COMPLETE, "--device", "cuda"), 2, "kubernetes_gpus_per_pod is 0"),
+        (_COMPLETE, 1, "would be unencrypted"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_asked(
+    arguments: tuple[str, ...], code: int, said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["controller", *arguments]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_way_to_the_api_the_remedy_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path_factory.mktemp("none") / "kubeconfig"))
+    assert main(["controller", *_COMPLETE, "--insecure-cluster-network"]) == 1
+    assert "set KUBECONFIG" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_cut_otherwise_is_not_taken_over():
+    spec = make_spec()
+    check_same_cut(None, spec)
+    check_same_cut(spec.to_json(), make_spec(num_replicas=3, num_routers=2))
+    check_same_cut(b"of another version", spec)
+    with pytest.raises(StartError, match="another release"):
+        check_same_cut(replace(spec, groups=spec.groups[:1]).to_json(), spec)
