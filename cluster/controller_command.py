@@ -38,6 +38,7 @@ from cluster.settings import ServeSettings, load_settings
 from cluster.spec import ClusterSpec, spec_from_json
 from experts.model_config import ModelConfig
 from router.api.settings import ApiSettings
+from router.tenancy.open_access import check_open_access
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,16 @@ def run(options: argparse.Namespace) -> NoReturn:
 
 
 def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
-    """Everything that can be found wrong before the Lease is asked for."""
+    """Everything that can be found wrong before the Lease is asked for. The file of keys is where the HTTP front is.
+
+    Raises ClusterError, ExpertsError, TenancyError."""
     if settings.kubernetes_cluster is None:
         raise SettingsError("kubernetes_cluster is not set: name the RayCluster that `shoal controller` is for")
     if settings.address is None:
         raise SettingsError("address is not set: give HOST:PORT of the Ray head's GCS, or auto if a Ray node runs here")
     if settings.kubernetes_gpus_per_pod == 0 and settings.device == "cuda":
         raise SettingsError("device is cuda, but kubernetes_gpus_per_pod is 0: set it to the GPUs that a pod has")
+    check_open_access(settings.host, has_keys=settings.keys_file is not None, is_allowed=not settings.auth)
     folder, model_name = resolve_checkpoint(settings)
     check_headers(folder, settings.groups)
     config = ModelConfig.from_folder(folder)

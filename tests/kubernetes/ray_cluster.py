@@ -112,6 +112,7 @@ class PlayedOperator:
         namespace: str,
         *,
         on_start: Callable[[str, str, str], None] = lambda group_name, pod_name, address: None,
+        on_look: Callable[[], None] = lambda: None,
         may_end: Callable[[str], bool] = lambda pod_name: True,
         on_end: Callable[[str], None] = lambda pod_name: None,
         group_names: Sequence[str] | None = None,
@@ -121,7 +122,7 @@ class PlayedOperator:
         self._core = client.CoreV1Api(api_client)
         self._cluster = RayClusterObject(api_client, namespace)
         self._namespace = namespace
-        self._on_start, self._may_end, self._on_end = on_start, may_end, on_end
+        self._on_start, self._on_look, self._may_end, self._on_end = on_start, on_look, may_end, on_end
         self._group_names = group_names
         self._addresses = iter(addresses)
         self._numbers = itertools.count()
@@ -177,6 +178,7 @@ class PlayedOperator:
                     self.errors.append(error)
 
     def _look(self) -> None:
+        self._on_look()
         pods = self.list_pods()
         for pod in pods:
             name = pod["metadata"]["name"]

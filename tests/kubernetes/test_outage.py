@@ -15,10 +15,15 @@ from tests.kubernetes.ray_cluster import PlayedOperator
 OUTAGE_S = float(os.environ.get("KUBE_OUTAGE_S", "3"))
 
 
+_NOT_CHAOS = pytest.mark.skipif("KUBE_CHAOS" not in os.environ, reason="its restart takes long: run by make chaos")
+
+
 @pytest.mark.parametrize(
     ("begin", "end"),
-    [(ApiServer.pause, ApiServer.resume), (ApiServer.kill, ApiServer.restart)],
-    ids=["stopped", "killed"],
+    [
+        pytest.param(ApiServer.pause, ApiServer.resume, id="stopped"),
+        pytest.param(ApiServer.kill, ApiServer.restart, id="killed", marks=_NOT_CHAOS),
+    ],
 )
 async def test_what_was_asked_for_while_the_api_server_was_away_is_done_afterwards(
     place: Place, begin: Callable[[ApiServer], None], end: Callable[[ApiServer], None]
