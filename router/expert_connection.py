@@ -111,10 +111,12 @@ class ExpertConnection:
         *,
         heartbeats: HeartbeatOptions | None = None,
         counters: DispatchCounters | None = None,
+        times: ServiceTimes | None = None,
     ) -> None:
-        """on_change is called whenever `ready` changes. heartbeats: None: as by default."""
+        """on_change is called whenever `ready` changes. heartbeats: None: as by default. times: measured by others as
+        well."""
         self.replica = replica
-        self.times = ServiceTimes()
+        self.times = times or ServiceTimes()
         self.num_sent = 0
         # Of time.monotonic: when the replica last answered a frame.
         self.answered_s = 0.0

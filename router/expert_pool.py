@@ -76,6 +76,8 @@ class ExpertPool:
         self.counters = DispatchCounters()
         self._table = EMPTY_TABLE
         self._connections: dict[ReplicaEntry, ExpertConnection] = {}
+        # Further streams to the same replicas, for rounds at the same time; by lane, from 1.
+        self._lanes: dict[tuple[ReplicaEntry, int], ExpertConnection] = {}
         self._groups: dict[str, _Group] = {}
         self._late_points: dict[tuple[str, int], LatePoint] = {}
         self._missing = self._describe_missing()
@@ -104,6 +106,8 @@ class ExpertPool:
             return
         wanted = {replica for group in table.groups for replica in group.replicas}
         leaving = [(name, c) for name, group in self._groups.items() for c in group.connections]
+        names = {c.replica: name for name, c in leaving}
+        leaving += [(names[c.replica], c) for c in self._lanes.values()]
         for replica in wanted:
             if replica not in self._connections:
                 self._connections[replica] = ExpertConnection(
@@ -124,10 +128,11 @@ class ExpertPool:
         }
         for name, connection in leaving:
             if connection.replica not in wanted:
-                del self._connections[connection.replica]
+                self._connections.pop(connection.replica, None)
                 task = asyncio.get_running_loop().create_task(self._release(name, connection))
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
+        self._lanes = {key: connection for key, connection in self._lanes.items() if key[0] in wanted}
         self._missing = self._describe_missing()
         logger.info("expert table applied version=%d num_replicas=%d", table.version, len(wanted))
         self._notify()
@@ -145,6 +150,7 @@ class ExpertPool:
             means = [connection.times.means_s for connection in group.connections]
             common = set.intersection(*map(set, means)) if means else set[int]()
             for connection, own in zip(group.connections, means, strict=True):
+                streams = [connection, *(c for key, c in self._lanes.items() if key[0] == connection.replica)]
                 slowness = max(
                     (own[size] / max(1e-9, min(mean[size] for mean in means)) for size in common), default=0.0
                 )
@@ -152,8 +158,8 @@ class ExpertPool:
                     ReplicaTimes(
                         connection.replica.replica_id,
                         connection.ready,
-                        connection.num_sent,
-                        connection.outstanding,
+                        sum(stream.num_sent for stream in streams),
+                        sum(stream.outstanding for stream in streams),
                         slowness,
                         connection.times.newest_s * 1000,
                     )
@@ -182,12 +188,19 @@ class ExpertPool:
         best = _find_first_done([c for c in usable if c not in avoid], size_class)
         return None if best is None else self._use(group_name, best)
 
-    def sole_connections(self) -> list[ExpertConnection] | None:
-        """By group, in the table's order; None unless every group has one replica, and that is connected."""
+    def sole_connections(self, lane: int = 0) -> list[ExpertConnection] | None:
+        """By group, in the table's order; None unless every group has one replica, and that is connected.
+
+        Each lane has streams of its own; they are dialled when they are first asked for.
+        """
         if not self._groups or any(len(group.connections) != 1 for group in self._groups.values()):
             return None
         found = [self.pick(name) for name in self._groups]
-        return None if None in found else [connection for connection in found if connection is not None]
+        connected = [connection for connection in found if connection is not None]
+        if len(connected) != len(found) or lane == 0:
+            return connected if len(connected) == len(found) else None
+        further = [self._lane(connection, lane) for connection in connected]
+        return further if all(connection.ready for connection in further) else None
 
     def pick_unmeasured(self, group_name: str, size_class: int, chosen: ExpertConnection) -> ExpertConnection | None:
         """A replica of the group that gets no frames because it was slow, and may have recovered; most often None."""
@@ -241,8 +254,10 @@ class ExpertPool:
             await self._wait_change(deadline, reason)
 
     async def close(self) -> None:
-        await asyncio.gather(*(connection.close() for connection in self._connections.values()))
+        connections = [*self._connections.values(), *self._lanes.values()]
+        await asyncio.gather(*(connection.close() for connection in connections))
         self._connections.clear()
+        self._lanes.clear()
         for task in list(self._closing):
             task.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
@@ -280,6 +295,19 @@ class ExpertPool:
     def _serving_layer_ids(self) -> list[int]:
         """Layers that a step runs: the MTP layer's experts are not asked for by the trunk."""
         return [layer for layer in self._config.moe_layer_ids if layer < self._config.num_hidden_layers]
+
+    def _lane(self, connection: ExpertConnection, lane: int) -> ExpertConnection:
+        """Heartbeats are counted once for a replica, by its first connection; what it takes is measured by all."""
+        key = connection.replica, lane
+        if key not in self._lanes:
+            self._lanes[key] = ExpertConnection(
+                connection.replica,
+                self._config.hidden_size,
+                lambda: None,
+                heartbeats=self._options.heartbeats,
+                times=connection.times,
+            )
+        return self._lanes[key]
 
     async def _wait_change(self, deadline: float, reason: str) -> None:
         self._changed.clear()

@@ -2,8 +2,11 @@
 
 Planned, encoded, sent, received and added up by the interpreter, a round over four groups of one row cost 550 us, most
 of it for calls whose code and data other processes had driven out of the caches. The usual case is: sums, no FP8 on the
-wire, one replica for each group, all connected and idle, and nobody else scattering. A round that turns out otherwise
-goes on as a dispatch.PendingGather with the same frames.
+wire, one replica for each group, all connected and idle. A round that turns out otherwise goes on as a
+dispatch.PendingGather with the same frames.
+
+Micro-batches scatter at the same time. A stream is lent to one round at a time, so each has streams of its own: a lane,
+dialled when it is first missed.
 
 The gather waits for the sockets in the library, for a short time and not while micro-batches take turns; after that
 the event loop waits. So nobody else on the loop waits long: it gets a turn every LOOP_TURN_S.
@@ -30,6 +33,8 @@ from router.reply_times import get_size_class
 # How long a gather waits in the library.
 WAIT_US = 3_000
 LOOP_TURN_S = 0.01
+# Rounds at the same time; further ones go by the interpreter.
+MAX_LANES = 4
 # Of so many rounds, one is measured.
 MEASURE_EVERY = 16
 # A scatter waits so long for full sockets, like ExpertConnection.wait_flushed().
@@ -96,7 +101,7 @@ class Asked(NamedTuple):
 
 
 class NativeScatter:
-    """Scatters for one dispatcher, one at a time."""
+    """Scatters for one dispatcher, in as many lanes as there are rounds at the same time."""
 
     def __init__(
         self,
@@ -109,23 +114,13 @@ class NativeScatter:
     ) -> None:
         """dtypes: of the wire. Raises MemoryError."""
         self.library = library
-        self.handle: int = library.shoal_scatter_new() or 0
-        if not self.handle:
-            raise MemoryError("no memory for a scatter")
-        weakref.finalize(self, library.shoal_scatter_free, self.handle)
         self.go_on = go_on
+        self.dtype = dtype
         self.reply_dtype = reply_dtype
         self.call_timeout_s = call_timeout_s
         self.loop_turn_s = 0.0
-        self._pool = pool
-        self._dtype = dtype
-        self._request = _Request(dtype=_WIRE_DTYPES[dtype], reply_dtype=_WIRE_DTYPES[reply_dtype], flush_ms=_FLUSH_MS)
-        self._table_version = -1
-        self._connections: Sequence[ExpertConnection] | None = None
-        self._links: Any = None
-        self._frame_ids: Any = None
-        self._incarnations: Any = None
-        self._num_rounds = 0
+        self.pool = pool
+        self._lanes = [_Lane(self, 0)]
         # Of the scatter before this one.
         self._task: weakref.ref[asyncio.Task[Any]] | None = None
 
@@ -133,28 +128,58 @@ class NativeScatter:
         self, layer_id: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, timeout_s: float
     ) -> NativeRound | None:
         """Send a layer's frames; None, and nothing is sent, if this is not the usual case. See Dispatcher.scatter()."""
+        # Micro-batches have a task each, and one shall not wait for another's answers.
         task = asyncio.current_task()
-        last = self._task and self._task()
-        if last is None:
+        is_alone = self._task is not None and task is self._task()
+        if not is_alone:
             self._task = None if task is None else weakref.ref(task)
-        elif task is not last:  # micro-batches: each has a task, and shall not wait for another's answers
-            self._task = None if task is None else weakref.ref(task)
-            return None
-        if not topk_ids.numel():
-            return None
-        table = self._pool.table
-        if table.version != self._table_version or self._connections is None:
-            self._look_at_table(table.version)
-        connections = self._connections
-        if connections is None or hidden_states.dtype != self._dtype or not hidden_states.is_contiguous():
+        if not topk_ids.numel() or hidden_states.dtype != self.dtype or not hidden_states.is_contiguous():
             return None
         if topk_ids.dtype != torch.int64 or topk_weights.dtype != torch.float32:
             return None
         if not (topk_ids.is_contiguous() and topk_weights.is_contiguous()):
             return None
         loop = asyncio.get_running_loop()
-        asked = Asked(layer_id, hidden_states, topk_ids, topk_weights, loop.time(), table.version)
-        round_ = NativeRound(self, asked, connections, loop)
+        asked = Asked(layer_id, hidden_states, topk_ids, topk_weights, loop.time(), self.pool.table.version)
+        for lane in self._lanes:
+            if not lane.is_busy:
+                return lane.send(asked, loop, timeout_s, WAIT_US if is_alone else 0)
+        if len(self._lanes) < MAX_LANES:
+            self._lanes.append(_Lane(self, len(self._lanes)))
+            return self._lanes[-1].send(asked, loop, timeout_s, 0)
+        return None
+
+
+class _Lane:
+    """One stream to each group, and what the library knows of the round that is on its way over them."""
+
+    def __init__(self, scatter: NativeScatter, number: int) -> None:
+        """Raises MemoryError."""
+        self.scatter = scatter
+        self.is_busy = False
+        self.handle: int = scatter.library.shoal_scatter_new() or 0
+        if not self.handle:
+            raise MemoryError("no memory for a scatter")
+        weakref.finalize(self, scatter.library.shoal_scatter_free, self.handle)
+        self._number = number
+        self._request = _Request(
+            dtype=_WIRE_DTYPES[scatter.dtype], reply_dtype=_WIRE_DTYPES[scatter.reply_dtype], flush_ms=_FLUSH_MS
+        )
+        self._table_version = -1
+        self._connections: Sequence[ExpertConnection] | None = None
+        self._links: Any = None
+        self._frame_ids: Any = None
+        self._incarnations: Any = None
+        self._num_rounds = 0
+
+    def send(self, asked: Asked, loop: asyncio.AbstractEventLoop, timeout_s: float, wait_us: int) -> NativeRound | None:
+        """wait_us: how long the gather may wait in the library."""
+        if asked.table_version != self._table_version or self._connections is None:
+            self._look_at_table(asked.table_version)
+        connections = self._connections
+        if connections is None:
+            return None
+        round_ = NativeRound(self, asked, connections, loop, wait_us)
         frame_ids: list[int] = []
         for index, connection in enumerate(connections):
             frame_id = connection.next_frame_id()
@@ -166,23 +191,24 @@ class NativeScatter:
             self._links[index] = link.address
             self._frame_ids[index] = frame_id
         round_.frame_ids = frame_ids
-        groups = self._pool.expert_groups(layer_id)
+        groups = self.scatter.pool.expert_groups(asked.layer_id)
         request = self._request
-        request.num_tokens, request.hidden_size = hidden_states.shape
-        request.top_k = topk_ids.shape[1]
+        request.num_tokens, request.hidden_size = asked.hidden_states.shape
+        request.top_k = asked.topk_ids.shape[1]
         request.num_experts = len(groups)
-        request.layer_id = layer_id
+        request.layer_id = asked.layer_id
         request.deadline_ms = int(timeout_s * 1000)
-        request.topk_ids = topk_ids.data_ptr()
-        request.topk_weights = topk_weights.data_ptr()
-        request.hidden = hidden_states.data_ptr()
+        request.topk_ids = asked.topk_ids.data_ptr()
+        request.topk_weights = asked.topk_weights.data_ptr()
+        request.hidden = asked.hidden_states.data_ptr()
         request.expert_groups = groups.ctypes.data
-        num_frames = self.library.shoal_scatter(self.handle, ctypes.byref(request))
+        num_frames = self.scatter.library.shoal_scatter(self.handle, ctypes.byref(request))
         if num_frames < 0:
             round_.frame_ids = ()
             round_.end_loans()
             return None
         round_.num_frames = num_frames
+        self.is_busy = True
         return round_
 
     def note_answers(self, connections: Sequence[ExpertConnection]) -> None:
@@ -192,13 +218,13 @@ class NativeScatter:
             return
         count = len(connections)
         pairs, reply_ns = (ctypes.c_int32 * count)(), (ctypes.c_int64 * count)()
-        self.library.shoal_scatter_times(self.handle, count, pairs, reply_ns)
+        self.scatter.library.shoal_scatter_times(self.handle, count, pairs, reply_ns)
         for index, connection in enumerate(connections):
             if pairs[index]:
                 connection.note_answer(get_size_class(pairs[index]), reply_ns[index] / 1e9)
 
     def _look_at_table(self, version: int) -> None:
-        connections = self._connections = self._pool.sole_connections()
+        connections = self._connections = self.scatter.pool.sole_connections(self._number)
         self._table_version = version
         if connections is None:
             return
@@ -218,14 +244,17 @@ class NativeRound:
 
     def __init__(
         self,
-        scatter: NativeScatter,
+        lane: _Lane,
         asked: Asked,
         connections: Sequence[ExpertConnection],
         loop: asyncio.AbstractEventLoop,
+        wait_us: int,
     ) -> None:
         self.num_frames = 0
+        # Empty once nothing is on its way in the lane.
         self.frame_ids: Sequence[int] = ()
-        self._scatter = scatter
+        self._lane, self._scatter = lane, lane.scatter
+        self._wait_us = wait_us
         self._asked = asked
         self._connections = connections
         self._loop = loop
@@ -237,12 +266,10 @@ class NativeRound:
     async def gather(self) -> Tensor:
         """[num_tokens, hidden_size] float32. Raises ExpertsUnavailable."""
         scatter, loop = self._scatter, self._loop
-        if self._successor is None:
-            num_tokens, hidden_size = self._asked.hidden_states.shape
-            self._total = torch.empty(num_tokens, hidden_size, dtype=torch.float32)
-            self._look(WAIT_US)
+        if self.frame_ids:
+            self._look(self._wait_us)
         try:
-            if self._total is not None and self._successor is None and self.frame_ids:
+            if self.frame_ids:
                 await self._wait()
             elif loop.time() - scatter.loop_turn_s > LOOP_TURN_S:
                 scatter.loop_turn_s = loop.time()
@@ -274,10 +301,7 @@ class NativeRound:
 
     def on_readable(self) -> None:
         """A stream has something, and the event loop waits."""
-        if self._total is not None and self._changed is not None:
-            self._look(0)
-        else:
-            self._leave()
+        self._look(0)
 
     def on_taken_back(self) -> None:
         """Somebody else needs a stream."""
@@ -295,9 +319,10 @@ class NativeRound:
             self._scatter.loop_turn_s = self._loop.time()
 
     def _look(self, timeout_us: int) -> None:
-        assert self._total is not None
-        scatter = self._scatter
-        status = scatter.library.shoal_gather(scatter.handle, timeout_us, self._total.data_ptr())
+        if self._total is None:
+            num_tokens, hidden_size = self._asked.hidden_states.shape
+            self._total = torch.empty(num_tokens, hidden_size, dtype=torch.float32)
+        status = self._scatter.library.shoal_gather(self._lane.handle, timeout_us, self._total.data_ptr())
         if status == _WAITING:
             return
         if status != _DONE:
@@ -305,7 +330,8 @@ class NativeRound:
             return
         self.end_loans()
         self.frame_ids = ()
-        scatter.note_answers(self._connections)
+        self._lane.is_busy = False
+        self._lane.note_answers(self._connections)
         self._notify()
 
     def _leave(self) -> None:
@@ -316,13 +342,14 @@ class NativeRound:
         count = len(self._connections)
         rows, answers = (ctypes.c_int32 * count)(), (ctypes.c_void_p * count)()
         library = self._scatter.library
-        library.shoal_scatter_look(self._scatter.handle, count, rows, answers)
+        library.shoal_scatter_look(self._lane.handle, count, rows, answers)
         for index, connection in enumerate(self._connections):
             if rows[index]:
                 answer = None if not answers[index] else self._copy_answer(answers[index], rows[index])
                 frames[index] = SentFrame(connection, self.frame_ids[index], answer)
         # First all are back: whoever goes on may need them.
         self.frame_ids = ()
+        self._lane.is_busy = False
         for connection in self._connections:
             connection.take_back()
         self._successor = self._scatter.go_on(self._asked, frames)

@@ -22,9 +22,10 @@ from router.dispatch_plan import plan_frames
 from router.expert_connection import ExpertConnection
 from router.expert_pool import ExpertPool
 from router.expert_table import ExpertTable, ReplicaEntry
-from router.native_scatter import Asked, NativeScatter, SentFrame
+from router.native_scatter import Asked, NativeRound, NativeScatter, SentFrame
 from router.row_sums import Answer, add_answers
-from tests.router.test_dispatch import LAYER_ID, Cluster, dispatching, run, spread
+from tests.router.in_process import Fault
+from tests.router.test_dispatch import LAYER_ID, Cluster, dispatching, run, spread, wait_for
 
 NUM_EXPERTS, HIDDEN = 16, 64
 PING = make_frame(6, 0, 0, b"01234567")
@@ -83,7 +84,7 @@ class Pool:
         self.table = ExpertTable(3, ())
         self._lenders, self._expert_groups = lenders, expert_groups
 
-    def sole_connections(self) -> list[Lender]:
+    def sole_connections(self, lane: int = 0) -> list[Lender]:
         return self._lenders
 
     def expert_groups(self, layer_id: int) -> np.ndarray:
@@ -235,5 +236,46 @@ async def test_scatters_of_several_tasks_at_once_each_get_their_own_sums(tiny_ch
             for _ in range(3):
                 found = await asyncio.gather(*(run(dispatcher, one) for one in asked))
                 assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    finally:
+        cluster.stop()
+
+
+async def test_rounds_at_the_same_time_have_lanes(tiny_checkpoint: Path) -> None:
+    """Each has its streams; a broken one or a table without the replica takes its lanes along, and loses nothing."""
+    library()
+    cluster = Cluster(tiny_checkpoint)
+    try:
+        async with dispatching(cluster) as (dispatcher, pool):
+            asked = spread(cluster.config)
+            expected = await run(dispatcher, asked)
+            for fault in (None, Fault.DIE_BEFORE, None):
+                await wait_for(lambda: pool.sole_connections(1) is not None)
+                cluster.servers[0][0].fault, cluster.servers[0][0].num_faults = fault, int(fault is not None)
+                tasks = [asyncio.create_task(dispatcher.scatter(LAYER_ID, *asked)) for _ in range(2)]
+                rounds = await asyncio.gather(*tasks)
+                assert all(isinstance(one, NativeRound) for one in rounds)
+                for one in rounds:
+                    assert torch.equal(await one.gather(), expected)
+            assert dispatcher.counters.num_retries >= 1
+            lanes = pool.sole_connections(1)
+            assert lanes is not None
+            pool.apply(ExpertTable(2, ()))
+            assert pool.sole_connections(1) is None
+            await wait_for(lambda: not any(connection.ready for connection in lanes))
+    finally:
+        cluster.stop()
+
+
+async def test_what_a_replica_was_sent_is_counted_over_its_lanes(tiny_checkpoint: Path) -> None:
+    library()
+    cluster = Cluster(tiny_checkpoint)
+    try:
+        async with dispatching(cluster) as (dispatcher, pool):
+            asked = spread(cluster.config)
+            await run(dispatcher, asked)
+            await wait_for(lambda: pool.sole_connections(1) is not None)
+            before = [replica.num_frames for replica in pool.replica_times()]
+            await asyncio.gather(*(run(dispatcher, asked) for _ in range(2)))
+            assert [replica.num_frames for replica in pool.replica_times()] == [number + 2 for number in before]
     finally:
         cluster.stop()
