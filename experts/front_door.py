@@ -3,19 +3,23 @@
 A connection that begins as routers begin theirs (http2_stream.make_client_opening) is handed to the thread that
 computes. Any other, a generated stub or a health check for instance, is forwarded byte by byte to the ordinary gRPC
 server of the same process. So there is one address, any gRPC client can use it, and only the way of the activations is
-our own. One thread, which has nothing to do while routers compute.
+our own. One thread, which has nothing to do while routers compute. Routers on the same host come in by a unix socket
+beside it (experts/stream_socket.py).
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
+
+from experts.stream_socket import listen_beside, set_stream_options
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ class FrontDoor:
         self._wake_in, self._wake_out = socket.socketpair()
         self._is_closing = False
         self._is_listening = True
-        self._listener: socket.socket | None = None
+        self._listeners: list[socket.socket] = []
         self._forward_to = ("", 0)
         self._thread = threading.Thread(target=self._run, name="experts-door", daemon=True)
 
@@ -49,14 +53,19 @@ class FrontDoor:
         """Listen; returns the port. Raises OSError if it is taken."""
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # create_server sets SO_REUSEADDR, so that a restarted replica gets its port back, but never SO_REUSEPORT.
-        self._listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-        self._listener.setblocking(False)
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        port = listener.getsockname()[1]
+        self._listeners.append(listener)
+        if (beside := listen_beside(f"{host}:{port}", _BACKLOG)) is not None:
+            self._listeners.append(beside)
         self._forward_to = forward_to
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        for listener in self._listeners:
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ, functools.partial(self._accept, listener))
         self._wake_in.setblocking(False)
         self._selector.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
         self._thread.start()
-        return self._listener.getsockname()[1]
+        return port
 
     def stop_listening(self) -> None:
         """Take no new connections. What is forwarded goes on."""
@@ -85,22 +94,22 @@ class FrontDoor:
                 forward.close()
             for undecided in list(self._undecided):
                 undecided.close()
-            for end in (self._listener, self._wake_in, self._wake_out):
-                if end is not None:
-                    end.close()
+            for end in (*self._listeners, self._wake_in, self._wake_out):
+                end.close()
             self._selector.close()
 
     def _on_wake(self, _mask: int) -> None:
         self._wake_in.recv(1024)
-        if not self._is_listening and self._listener is not None:
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._listener = None
+        if self._is_listening:
+            return
+        for listener in self._listeners:
+            self._selector.unregister(listener)
+            listener.close()
+        self._listeners.clear()
 
-    def _accept(self, _mask: int) -> None:
-        assert self._listener is not None
+    def _accept(self, listener: socket.socket, _mask: int) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, _ = listener.accept()
         except OSError as error:  # it went away again, or there is no file descriptor left
             logger.debug("no connection accepted: %s", error)
             return
@@ -151,16 +160,6 @@ class FrontDoor:
                 del self._undecided[connection]
                 self._selector.unregister(connection)
                 connection.close()
-
-
-def set_stream_options(connection: socket.socket) -> None:
-    """No delay, and TCP's own keepalive: a host that vanished is noticed after some 25 s. The kernel answers for a
-    process that computes, which pings of HTTP/2 would take for dead."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 25_000)):
-        if hasattr(socket, name):  # not every system has all of them
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class _Undecided:

@@ -25,10 +25,10 @@ import grpc
 import grpc.aio
 
 from experts.errors import ExpertsError
-from experts.front_door import set_stream_options
 from experts.http2_stream import MessageStream, StreamEnded, make_client_opening
 from experts.kernels.cpu_ffn import load_library
 from experts.native_link import NativeLink
+from experts.stream_socket import connect_beside, set_stream_options
 from experts.v1 import experts_pb2 as pb
 from experts.wire import (
     COMPUTE_METHOD,
@@ -373,7 +373,8 @@ class ExpertConnection:
         heartbeat: Heartbeat | None = None
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
-                connection = await _connect(host.strip("[]"), int(port))
+                connection = connect_beside(self.replica.endpoint) or await _connect(host.strip("[]"), int(port))
+                set_stream_options(connection)
                 self._own_stream = MessageStream(connection, _OPENING, MAX_MESSAGE_BYTES)
                 self._ended, self._opened = loop.create_future(), loop.create_future()
                 loop.add_reader(connection, self._read)
@@ -384,7 +385,8 @@ class ExpertConnection:
                     heartbeat = await self._start_heartbeat(host.strip("[]"), int(port))
             if not self._ended.done():
                 self._is_connected = True
-                logger.info("replica connected replica_id=%s", self.replica.replica_id)
+                over = "unix" if connection.family == socket.AF_UNIX else "tcp"
+                logger.info("replica connected replica_id=%s over=%s", self.replica.replica_id, over)
                 self._on_change()
             return await self._ended
         finally:
@@ -535,7 +537,6 @@ async def _connect(host: str, port: int) -> socket.socket:
     try:
         connection.setblocking(False)
         await loop.sock_connect(connection, address)
-        set_stream_options(connection)
     except BaseException:
         connection.close()
         raise

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -379,3 +381,15 @@ async def test_a_cancelled_scatter_or_gather_leaves_no_frame_waiting(cluster: Cl
             assert [connection.outstanding for connection in connections if connection is not None] == [0, 0]
         expected = await run(dispatcher, asked)
         assert expected.shape == asked[0].shape
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract unix sockets are Linux's")
+async def test_a_replica_on_this_host_is_reached_by_its_unix_socket(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="router.expert_connection")
+    async with dispatching(cluster) as (dispatcher, _):
+        await run(dispatcher, spread(cluster.config))
+    connected = [record.getMessage() for record in caplog.records if "replica connected" in record.getMessage()]
+    assert len(connected) == 2
+    assert all(message.endswith("over=unix") for message in connected)
