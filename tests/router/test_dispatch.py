@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -324,6 +325,8 @@ async def test_frames_are_spread_over_replicas_by_outstanding_work(replicated: C
     asked = spread(replicated.config)
     async with dispatching(replicated) as (dispatcher, pool):
         await wait_connected(pool, 4)
+        for server in itertools.chain(*replicated.servers):  # no answer comes before all is sent
+            server.fault, server.num_faults, server.slow_s = Fault.SLOW, 1, 0.5
         await asyncio.gather(*(run(dispatcher, asked) for _ in range(20)))
     counts = [server.num_frames for servers in replicated.servers for server in servers]
     assert min(counts) >= 5 and sum(counts) == 40
