@@ -29,6 +29,7 @@ from cluster.errors import BadRecord, ClusterError, PreflightError, SettingsErro
 from cluster.kubernetes_api import KubernetesApi, connect
 from cluster.kubernetes_backend import KubernetesBackend, check_ray_cluster
 from cluster.leader_lease import LeaderLease
+from cluster.pod_plan import clamp
 from cluster.preflight import check_headers, resolve_checkpoint
 from cluster.ray_backend import RayBackend
 from cluster.ray_node import RayNode
@@ -36,6 +37,7 @@ from cluster.records import CONTROLLER_KEY, SPEC_KEY, ControllerRecord
 from cluster.serve_command import build_api_settings, build_spec, check_settings
 from cluster.settings import ServeSettings, load_settings
 from cluster.spec import ClusterSpec, spec_from_json
+from cluster.worker_groups import RayClusterView
 from experts.model_config import ModelConfig
 from router.api.settings import ApiSettings
 from router.tenancy.open_access import check_open_access
@@ -60,7 +62,8 @@ def run(options: argparse.Namespace) -> NoReturn:
     spec, api_settings = _check(settings)
     assert settings.kubernetes_cluster is not None  # _check has refused that
     api = connect(settings.kubernetes_namespace, settings.kubernetes_cluster)
-    check_ray_cluster(api, [group.name for group in spec.groups], settings.kubernetes_scaling)
+    view = check_ray_cluster(api, [group.name for group in spec.groups], settings.kubernetes_scaling)
+    spec = fit_replicas(spec, view)
     asyncio.run(_Command(settings, spec, api_settings, api).run())
 
 
@@ -91,6 +94,13 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
             "with insecure_cluster_network if the network is yours alone"
         )
     return spec, build_api_settings(settings, folder, model_name)
+
+
+def fit_replicas(spec: ClusterSpec, view: RayClusterView) -> ClusterSpec:
+    """Each group begins with as many replicas as the settings say, within the bounds of its own worker group."""
+    bounds = {group.name: group for group in view.groups}
+    groups = tuple(replace(each, num_replicas=clamp(bounds[each.name], each.num_replicas)) for each in spec.groups)
+    return replace(spec, groups=groups)
 
 
 class _Server(uvicorn.Server):

@@ -63,14 +63,16 @@ _RECHECK_S = 1.0
 _PERIODIC_S = 30.0
 
 
-def check_ray_cluster(api: KubernetesApi, group_names: Sequence[str], scaling: Scaling) -> None:
-    """Raises StartError with everything that is wrong, or KubernetesError."""
+def check_ray_cluster(api: KubernetesApi, group_names: Sequence[str], scaling: Scaling) -> RayClusterView:
+    """The RayCluster as it is. Raises StartError with everything that is wrong, or KubernetesError."""
     try:
-        problems = find_problems(read_cluster(api.fetch_cluster()), group_names, scaling)
+        view = read_cluster(api.fetch_cluster())
+        problems = find_problems(view, group_names, scaling)
     except BadRecord as error:
-        problems = [str(error)]
+        raise StartError(f"RayCluster {api.namespace}/{api.cluster_name}: {error}") from error
     if problems:
         raise StartError(f"RayCluster {api.namespace}/{api.cluster_name}: {'; '.join(problems)}")
+    return view
 
 
 class KubernetesBackend:

@@ -3,9 +3,11 @@ from dataclasses import replace
 import pytest
 
 from cluster.cli import main
-from cluster.controller_command import check_same_cut
+from cluster.controller_command import check_same_cut, fit_replicas
 from cluster.errors import StartError
+from cluster.worker_groups import read_cluster
 from tests.cluster.fakes import make_spec
+from tests.cluster.test_worker_groups import make_cluster, make_group
 
 _COMPLETE = ("--kubernetes-cluster", "shoal", "--address", "head:6379")
 
@@ -42,3 +44,12 @@ def test_a_cluster_that_is_cut_otherwise_is_not_taken_over():
     check_same_cut(b"of another version", spec)
     with pytest.raises(StartError, match="another release"):
         check_same_cut(replace(spec, groups=spec.groups[:1]).to_json(), spec)
+
+
+def test_each_group_begins_within_the_bounds_of_its_worker_group():
+    groups = [
+        make_group("g0", "{}", minReplicas=2, maxReplicas=3),
+        make_group("g1", "{}", minReplicas=0, maxReplicas=5),
+    ]
+    spec = fit_replicas(make_spec(num_replicas=1), read_cluster(make_cluster(*groups)))
+    assert [group.num_replicas for group in spec.groups] == [2, 1]

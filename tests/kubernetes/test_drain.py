@@ -4,7 +4,7 @@ from typing import Any
 
 from tests.kubernetes.conftest import Place
 from tests.kubernetes.controlled import Controlled, controlled
-from tests.kubernetes.ray_cluster import PlayedOperator
+from tests.kubernetes.ray_cluster import PlayedOperator, list_event_messages
 
 
 def holds_no_replica(settings: list[Controlled], place: Place, operator: PlayedOperator, pod_name: str) -> bool:
@@ -60,6 +60,8 @@ async def test_a_deleted_pod_stays_until_another_replica_serves(place: Place):
             events = setting.list_events()
             assert events.index(("replica g1-1", "ready")) < events.index(("replica g1-0", "drain"))
             assert events.index(("replica g1-0", "drain")) < events.index(("replica g1-0", "remove"))
+            expected = {f"pod {victim} of g1 is being deleted", "replica g1-0: no longer wanted, and drained"}
+            await setting.turn_until(lambda: expected <= set(list_event_messages(place.server.admin, place.namespace)))
 
 
 async def test_a_new_image_is_rolled_out_group_by_group(place: Place):
