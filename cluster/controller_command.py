@@ -16,6 +16,7 @@ import secrets
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -34,9 +35,10 @@ from cluster.preflight import check_headers, resolve_checkpoint
 from cluster.ray_backend import RayBackend
 from cluster.ray_node import RayNode
 from cluster.records import CONTROLLER_KEY, SPEC_KEY, ControllerRecord
-from cluster.serve_command import build_api_settings, build_spec, check_settings
+from cluster.serve_command import build_api_settings, build_spec, check_settings, write_state_or_warn
 from cluster.settings import ServeSettings, load_settings
 from cluster.spec import ClusterSpec, spec_from_json
+from cluster.state_file import ClusterState, get_state_dir, remove_state
 from cluster.worker_groups import RayClusterView
 from experts.model_config import ModelConfig
 from router.api.settings import ApiSettings
@@ -126,6 +128,10 @@ class _Command:
         name = os.environ.get("POD_NAME") or f"{os.uname().nodename}-{os.getpid()}"
         identity = f"{name}_{self._host}:{settings.resolved_admin_port}"
         self._lease = LeaderLease(api, settings.resolved_kubernetes_lease, identity, time.monotonic)
+        self._token = _get_token(settings)
+        # For `shoal status` and the like in this container, whoever leads. No process of Ray's is ours to reap.
+        admin_url = f"http://127.0.0.1:{settings.resolved_admin_port}"
+        self._state = ClusterState(settings.url, admin_url, self._token, os.getpid(), uuid.uuid4().hex, None)
         self._app = ControllerApp(self._is_live, self._is_ready, self._find_leader)
         self._loop: ControllerLoop | None = None
         self._led_s: float | None = None
@@ -147,6 +153,7 @@ class _Command:
         server = _Server(config)
         tasks = [asyncio.create_task(server.serve()), asyncio.create_task(self._lead())]
         stop = asyncio.create_task(self._stop.wait())
+        write_state_or_warn(self._state)
         self._lease.start()
         done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
         exit_code = 0
@@ -158,6 +165,7 @@ class _Command:
         await asyncio.to_thread(self._lease.release)
         if self._node is not None:
             self._node.stop()
+        remove_state(get_state_dir(), self._state)
         logging.shutdown()
         # Calls into Ray that hang have threads that would be waited for, and another controller may lead by now.
         os._exit(exit_code)
@@ -173,7 +181,7 @@ class _Command:
             ray_backend = await asyncio.to_thread(self._join_ray)
             loop, record = await asyncio.to_thread(self._prepare, backend)
             self._loop = loop
-            self._app.admin = create_admin_app(loop, hash_token(self._get_token()))
+            self._app.admin = create_admin_app(loop, hash_token(self._token))
             logger.info("leading pid=%d admin=%s", record.pid, record.admin_url)
             turns = asyncio.create_task(loop.run())
             while True:
@@ -246,12 +254,12 @@ class _Command:
         holder = self._lease.get_holder()
         return holder.rpartition("_")[2] if holder and "_" in holder else None
 
-    def _get_token(self) -> str:
-        token = self._settings.admin_token
-        if token is not None:
-            return token.get_secret_value()
-        logger.warning("SHOAL_ADMIN_TOKEN is not set: nobody can use the admin API")
-        return secrets.token_urlsafe(32)
+
+def _get_token(settings: ServeSettings) -> str:
+    if settings.admin_token is not None:
+        return settings.admin_token.get_secret_value()
+    logger.warning("SHOAL_ADMIN_TOKEN is not set: only commands in this container can use the admin API")
+    return secrets.token_urlsafe(32)
 
 
 def check_same_cut(stored: bytes | None, spec: ClusterSpec) -> None:

@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
         signals.install()
         # Before it is ready: `shoal status` shows how far the start is.
         state = ClusterState(settings.url, settings.admin_url, token, os.getpid(), *backend.session)
-        _write_state(state)
+        write_state_or_warn(state)
         _start(settings, spec, api_settings, backend, hash_token(token))
         _wait_ready(settings, backend, signals, admin, deadline_s)
         signals.interrupts_start = False
@@ -329,7 +329,7 @@ def _drain(settings: ServeSettings, admin: AdminClient) -> None:
         )
 
 
-def _write_state(state: ClusterState) -> None:
+def write_state_or_warn(state: ClusterState) -> None:
     try:
         write_state(get_state_dir(), state)
     except OSError as error:

@@ -98,8 +98,8 @@ class ControllerProcess:
         return response.json() if response.status_code == 200 else {}
 
     def run_command(self, *arguments: str) -> dict[str, Any]:
-        """A `shoal` command with --json, as from a user's machine."""
-        command = [sys.executable, "-m", "cluster.cli", *arguments, "--url", self.admin_url, "--json"]
+        """A `shoal` command with --json, as in the controller's container."""
+        command = [sys.executable, "-m", "cluster.cli", *arguments, "--url", self.url, "--json"]
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
@@ -161,7 +161,7 @@ def running(api_server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> 
             api_server.admin,
             place.namespace,
             group_names=["g0"],
-            addresses=["127.0.0.2", "127.0.0.3", "127.0.0.4"],
+            addresses=[f"127.0.1.{number}" for number in range(2, 10)],
             on_start=pods.start,
             on_look=pods.tend,
             may_end=pods.holds_no_actor,

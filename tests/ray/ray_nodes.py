@@ -29,15 +29,16 @@ class RayNodes:
     """
 
     def __init__(self, folder: Path, head_resources: Mapping[str, float] | None = None) -> None:
-        self.address = f"{HEAD_HOST}:{find_free_ports(1, HEAD_HOST)[0]}"
+        port, client_port = find_free_ports(2, HEAD_HOST)
+        self.address = f"{HEAD_HOST}:{port}"
         self._environment = os.environ | {
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             # Workers at their usual niceness would starve beside other work on the machine.
             "RAY_worker_niceness": "0",
         }
         self._logs = folder
-        port = self.address.partition(":")[2]
-        arguments = ["--head", f"--port={port}", "--include-dashboard=false"]
+        # Its usual port may be another cluster's, and a node ends when one of its processes does.
+        arguments = ["--head", f"--port={port}", f"--ray-client-server-port={client_port}", "--include-dashboard=false"]
         self.head = self._start("head", *arguments, host=HEAD_HOST, resources=head_resources)
         self.worker: psutil.Process | None = None
 
@@ -67,6 +68,7 @@ class RayNodes:
     ) -> psutil.Process:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", *arguments, *_ARGUMENTS]
+        command.append(f"--dashboard-agent-listen-port={find_free_ports(1, host)[0]}")
         if resources:
             command.append(f"--resources={json.dumps(dict(resources))}")
         with (self._logs / f"{name}.log").open("w") as log:
