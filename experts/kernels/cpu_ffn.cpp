@@ -1,6 +1,6 @@
 // Products of a few rows with large weight matrices that stay FP8 (or bf16, or fp32) in memory: the routed experts'
 // feed-forward network, and plain linear layers. This file has the jobs and the C interface that cpu_ffn.py calls;
-// cpu/ has the memory order of weights (matrix.h), the arithmetics (amx.h, avx512_bf16.h, vector.inc) and the threads.
+// cpu/ has the memory order of weights (matrix.h), the arithmetics (amx.h, avx512_bf16.h, product.inc) and the threads.
 #include <algorithm>
 #include <vector>
 #if defined(__x86_64__)
@@ -23,6 +23,7 @@
 #define SHOAL_SPACE portable
 #define SHOAL_LANES 4
 #define SHOAL_FMA(a, b, c) ((a) * (b) + (c))
+#define SHOAL_LOWER_BYTES_TIMES_16(line) ((SignedShorts)(line << 8) >> 4)
 #include "cpu/vector.inc"
 
 #if defined(__x86_64__)
@@ -31,6 +32,7 @@
 #define SHOAL_SPACE avx2
 #define SHOAL_LANES 8
 #define SHOAL_FMA(a, b, c) ((Vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define SHOAL_LOWER_BYTES_TIMES_16(line) ((SignedShorts)_mm256_maddubs_epi16(_mm256_set1_epi16(16), (__m256i)(line)))
 #include "cpu/vector.inc"
 #pragma GCC pop_options
 
@@ -39,6 +41,7 @@
 #define SHOAL_SPACE avx512
 #define SHOAL_LANES 16
 #define SHOAL_FMA(a, b, c) ((Vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define SHOAL_LOWER_BYTES_TIMES_16(line) ((SignedShorts)_mm512_maddubs_epi16(_mm512_set1_epi16(16), (__m512i)(line)))
 #include "cpu/vector.inc"
 
 #include "cpu/e4m3_avx512.h"

@@ -366,7 +366,7 @@ def test_numerics_id_names_family_and_dtype_and_no_threads() -> None:
     before = kernel.numerics_id
     kernel.set_num_threads_(3)
     assert kernel.num_threads == 3
-    assert kernel.numerics_id == before == "cpu-portable/float32/blocks-128/v2"
+    assert kernel.numerics_id == before == "cpu-portable/float32/blocks-128/v3"
 
 
 def test_library_is_built_once_however_many_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ struct Output {
 
 // Working memory of one thread.
 struct alignas(64) Scratch {
-    uint8_t cells[2][kPanelRows * kBlockColumns * 4];  // converted weights
+    uint8_t cells[2][kPanelRows * kBlockColumns * 4];  // converted weights: this cell's and the next one's, or patches
     float tiles[2][4 * 16 * 16];                       // sums of one block, fresh and being added
     float sums[kChunkRows * kPanelRows];
 };

@@ -1,5 +1,5 @@
 // What a decoder layer does to rows besides products: norms, rotations, softmax over the context. One table of
-// functions for each instruction family (rows.inc, attend_avx512_bf16.h).
+// functions for each instruction family (rows.inc, attend.inc, attend_avx512_bf16.h).
 //
 // Attention reads the context in chunks of kContextChunk positions, counted from 0. Each chunk gives a maximum, a sum
 // and a weighted sum of its own; they are joined in ascending order. So a row's bits depend on the row and its context
@@ -32,9 +32,13 @@ struct Mixture {
     float *maximum, *total, *mixed;
 };
 
+// Items between the scores of two rows: not a power of two, whose multiples share a few places of the caches.
+constexpr int kScoreStride = kContextChunk + 16;
+
 // Working memory of one thread for one chunk; scores are overwritten by their weights.
 struct alignas(64) ChunkScratch {
-    float scores[kQueryRows * kContextChunk];
+    float scores[kQueryRows * kScoreStride];
+    float queries[kQueryRows * kMaxWidth];
     uint16_t weights[kQueryRows * kContextChunk];
     uint8_t zeros[kMaxWidth * 2];  // a cache row beyond the last
     const uint8_t* positions[kContextChunk];
