@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 BESIDE_TESTS := tests/ray tests/scenarios tests/reference tests/cluster
 BESIDE_LOG := $(VENV)/tests-beside.log
 
-.PHONY: setup serve test chaos check format proto bench clean
+.PHONY: setup serve test chaos check format proto bench image clean
 
 # Everything the project needs, in .venv; repeated only when what decides it changes.
 setup: $(VENV)/.installed
@@ -55,6 +55,16 @@ bench: setup
 	@set -e; for script in $(filter-out %/__init__.py %/report.py %/worker_processes.py \
 	  %/generated_checkpoint.py %/transformers_loop.py,$(wildcard tests/benchmarks/*.py)); do \
 	  $(BIN)/python $$script --json; done
+
+# The container image (deploy/Dockerfile). VARIANT=cpu or cuda; BASE_IMAGE and TORCH_INDEX are the Dockerfile's own defaults
+# unless given; CONTAINER_ENGINE=podman builds without a daemon.
+CONTAINER_ENGINE ?= docker
+VARIANT ?= cuda
+IMAGE ?= shoal:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter cuda,$(VARIANT)),-cuda)
+
+image:
+	$(CONTAINER_ENGINE) build --file deploy/Dockerfile --tag $(IMAGE) --build-arg VARIANT=$(VARIANT) \
+	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -56,6 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face folder")
     check.add_argument("--groups", type=int, default=4, metavar="N", help="expert groups to size it for (default: 4)")
     _add_json(check)
+    fetch = commands.add_parser("fetch", help="copy a checkpoint from an object store or a volume, whole or not at all")
+    fetch.add_argument("source", nargs="?", metavar="SOURCE", help="URL of a folder: s3://bucket/model, file:///folder")
+    fetch.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="where to put it")
+    fetch.add_argument("--verify-digests", action="store_true", help="of files that are there, against SHA256SUMS")
+    fetch.add_argument("--wait", type=Path, metavar="FOLDER", help="only wait until another process has fetched it")
+    fetch.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of --wait (default: 3600)")
+    _add_certs(commands.add_parser("certs", help="a private CA for the cluster's network, and certificates of it"))
     chat = commands.add_parser("chat", help="talk to the model")
     _add_url(chat)
     _add_json(chat)
@@ -70,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="default: the demo checkpoint")
     doctor.add_argument("--groups", type=int, default=4, metavar="N", help="expert groups (default: 4)")
     doctor.add_argument("--port", type=int, default=8000, help="port of the API (default: 8000)")
+    doctor.add_argument(
+        "--kubernetes", action="store_true", help="look at the Kubernetes cluster to install in instead"
+    )
+    doctor.add_argument("--namespace", default="default", metavar="NS", help="to install in (default: default)")
+    doctor.add_argument("--values", type=Path, metavar="FILE", help="values of the chart: also whether they fit")
     _add_json(doctor)
     return parser
 
@@ -114,6 +126,10 @@ def _run(options: argparse.Namespace) -> int:
             from cluster.events_command import run
         case "check":
             from cluster.check_command import run
+        case "fetch":
+            from cluster.fetch_command import run
+        case "certs":
+            from cluster.certs_command import run
         case "chat":
             from cluster.chat_command import run
         case "bench":
@@ -188,6 +204,18 @@ def _add_scaling(commands: Any) -> None:
     for parser in (scale, drain, restart, plan, events, rebalance):
         _add_url(parser)
         _add_json(parser)
+
+
+def _add_certs(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="certs_command", required=True, metavar="ACTION")
+    init = actions.add_parser("init", help="make a CA: ca.crt and ca.key")
+    init.add_argument("ca_folder", type=Path, metavar="CA_FOLDER")
+    init.add_argument("--days", type=int, default=3650, metavar="N", help="until it expires (default: 3650)")
+    issue = actions.add_parser("issue", help="make a certificate of it: tls.crt, tls.key and ca.crt")
+    issue.add_argument("ca_folder", type=Path, metavar="CA_FOLDER")
+    issue.add_argument("folder", type=Path, metavar="FOLDER", help="for --cluster-tls-dir")
+    issue.add_argument("--name", action="append", default=[], metavar="DNS", help="a further name; repeatable")
+    issue.add_argument("--days", type=int, default=90, metavar="N", help="until it expires (default: 90)")
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`shoal doctor`: what is missing or misconfigured on this machine, and how to mend it.
+"""`shoal doctor`: what is missing or misconfigured on this machine, or with --kubernetes in a cluster to install in.
 
 Each check gives one finding with its remedy; only a finding that keeps Shoal from serving makes the exit code 1.
 """
@@ -12,20 +12,18 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
 from cluster.errors import ClusterError
+from cluster.findings import Finding, render
 from cluster.preflight import check_headers, check_port, measure_memory, resolve_checkpoint
 from cluster.settings import ServeSettings, load_settings
 from experts.kernels.cpu_build import SOURCE_FOLDER, find_compiler, library_name
-
-Level = Literal["ok", "warning", "failure"]
 
 MIN_PYTHON = (3, 11)
 # One channel per router and replica, Ray's own sockets, and a connection per client.
@@ -41,24 +39,25 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """remedy: what to do about it, "" when nothing need be done."""
-
-    check: str
-    level: Level
-    message: str
-    remedy: str = ""
-
-
 def run(options: argparse.Namespace) -> int:
-    findings = examine(options.checkpoint, options.groups, options.port)
+    if options.kubernetes:
+        findings, ready = _examine_kubernetes(options), "ready to install"
+    else:
+        findings, ready = examine(options.checkpoint, options.groups, options.port), "ready to serve"
     ok = all(finding.level != "failure" for finding in findings)
     if options.json:
         print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
-        print(render(findings))
+        print(render(findings, ready))
     return 0 if ok else 1
+
+
+def _examine_kubernetes(options: argparse.Namespace) -> list[Finding]:
+    from cluster.kubernetes_doctor import examine_kubernetes, load_values
+    from cluster.kubernetes_facts import connect, fetch_facts
+
+    values = None if options.values is None else load_values(options.values)
+    return examine_kubernetes(fetch_facts(connect(), options.namespace), values)
 
 
 def examine(checkpoint: Path | None, num_groups: int, port: int) -> list[Finding]:
@@ -76,18 +75,6 @@ def examine(checkpoint: Path | None, num_groups: int, port: int) -> list[Finding
     findings.extend(_check_ports(settings))
     findings.extend(_check_checkpoint(settings))
     return findings
-
-
-def render(findings: Sequence[Finding]) -> str:
-    width = max(len(finding.check) for finding in findings)
-    lines: list[str] = []
-    for finding in findings:
-        lines.append(f"{finding.level:<8} {finding.check:<{width}}  {finding.message}")
-        if finding.remedy:
-            lines.append(f"{'':<8} {'':<{width}}  -> {finding.remedy}")
-    count = sum(finding.level == "failure" for finding in findings)
-    lines.append("ready to serve" if count == 0 else f"{count} thing{'s' if count > 1 else ''} to mend before serving")
-    return "\n".join(lines)
 
 
 def _check_python() -> Iterator[Finding]:

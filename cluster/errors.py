@@ -3,6 +3,7 @@
 ClusterError
 ├── SettingsError      a flag, variable or YAML value is unknown, contradicts another or is not supported
 ├── PreflightError     this machine or checkpoint cannot serve as asked; said before anything is started
+├── FetchFailed        a checkpoint could not be fetched, or what came is not sound
 ├── StartError         the cluster did not become ready; what was started has been stopped again
 ├── BadRecord          bytes in the record store are no record of ours
 ├── StoreUnavailable   Ray's control service did not answer within its deadline
@@ -32,6 +33,10 @@ class SettingsError(ClusterError):
 
 class PreflightError(ClusterError):
     """Serving as asked is impossible here: bad checkpoint, port taken, too little memory."""
+
+
+class FetchFailed(ClusterError):
+    """A checkpoint could not be fetched whole; what came so far is kept."""
 
 
 class StartError(ClusterError):
