@@ -47,6 +47,7 @@ class ExpertReplica:
             from experts.device import resolve_device
             from experts.group import ExpertGroup
             from experts.server import ExpertServer, ReplicaIdentity
+            from experts.tls import load_cluster_tls
             from experts.weights import load_expert_weights
 
             keep_large_buffers()
@@ -62,7 +63,9 @@ class ExpertReplica:
                 )
             loaded = ExpertGroup(weights)
             identity = ReplicaIdentity(group.name, replica_id, publisher.record.incarnation)
-            self._server = ExpertServer(loaded, identity, host=_get_listen_host(spec))
+            # `shoal serve` has seen to it that an unencrypted network is allowed.
+            tls = load_cluster_tls(spec.tls_dir)
+            self._server = ExpertServer(loaded, identity, host=_get_listen_host(spec), tls=tls, allow_insecure=True)
             endpoint = self._server.start()
         except Exception as error:
             publisher.publish_failure(error)
@@ -119,6 +122,8 @@ class Router:
                     priority_ageing_s=spec.router.priority_ageing_s,
                     num_threads=spec.router.num_threads,
                     device=_get_device_setting(spec),
+                    tls_dir=spec.tls_dir,
+                    allow_insecure=True,
                 )
             )
             # It listens before its weights are loaded: the expert table can come, and Status says how far it is.

@@ -65,10 +65,12 @@ class Controller:
         from cluster.actor_factory import ActorFactory
         from cluster.admin_app import create_admin_app
         from cluster.probes import Probes
+        from experts.tls import load_cluster_tls
 
         store = RayRecordStore()
+        probes = Probes(load_cluster_tls(self._spec.tls_dir))
         loop = self._loop = ControllerLoop(
-            self._spec, store, ActorFactory(self._spec), Probes(), time.monotonic, time.time
+            self._spec, store, ActorFactory(self._spec), probes, time.monotonic, time.time
         )
         host, port = self._address
         app = create_admin_app(loop, self._token_hash)

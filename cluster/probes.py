@@ -21,6 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.autoscaler import ReplicaLoad
 from cluster.planner import Health, RouterReport
+from experts.channels import LastingChannel
+from experts.tls import ClusterTls
 from experts.v1 import experts_pb2, experts_pb2_grpc
 from router.expert_table import ExpertTable, table_to_proto
 from router.v1 import router_pb2, router_pb2_grpc
@@ -55,7 +57,9 @@ Target = tuple[str, int]
 class Probes:
     """Owns the channels to replicas and routers. Lives on one event loop; close() ends every task."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ClusterTls | None = None) -> None:
+        """tls: None: unencrypted."""
+        self._tls = tls
         self._replicas: dict[Target, _ReplicaProbe] = {}
         self._routers: dict[Target, _RouterProbe] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -67,9 +71,9 @@ class Probes:
         for target in self._routers.keys() - routers.keys():
             self._close_later(self._routers.pop(target))
         for target in replicas.keys() - self._replicas.keys():
-            self._replicas[target] = _ReplicaProbe(target, replicas[target])
+            self._replicas[target] = _ReplicaProbe(target, replicas[target], self._tls)
         for target in routers.keys() - self._routers.keys():
-            self._routers[target] = _RouterProbe(target, routers[target])
+            self._routers[target] = _RouterProbe(target, routers[target], self._tls)
 
     @property
     def replica_health(self) -> dict[Target, Health]:
@@ -124,9 +128,8 @@ class Probes:
 class _Probe(ABC):
     """One endpoint: a channel, and a task that runs _check for ever."""
 
-    def __init__(self, target: Target, endpoint: str) -> None:
+    def __init__(self, target: Target) -> None:
         self.target = target
-        self._channel = grpc.aio.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
         # Set: do not wait until the next check.
         self._wake = asyncio.Event()
         self._tasks = {asyncio.get_running_loop().create_task(self._run(), name=f"probe {target[0]}")}
@@ -150,24 +153,36 @@ class _Probe(ABC):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._channel.close()
+        await self._close_channel()
+
+    @abstractmethod
+    async def _close_channel(self) -> None: ...
+
+
+class _ReplicaStubs:
+    """Typed loosely: grpc_health ships no types for its stub."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.health: Any = health_pb2_grpc.HealthStub(channel)
+        self.experts = experts_pb2_grpc.ExpertServiceStub(channel)
 
 
 class _ReplicaProbe(_Probe):
-    def __init__(self, target: Target, endpoint: str) -> None:
-        super().__init__(target, endpoint)
+    def __init__(self, target: Target, endpoint: str, tls: ClusterTls | None) -> None:
+        super().__init__(target)
+        self._channel = LastingChannel(endpoint, tls, _CHANNEL_OPTIONS, _ReplicaStubs)
         self.health: Health | None = None
         self.load: ReplicaLoad | None = None
         self._num_refused = 0
         self._num_silent = 0
-        # Typed loosely: grpc_health ships no types for its stub.
-        self._stub: Any = health_pb2_grpc.HealthStub(self._channel)
-        self._experts = experts_pb2_grpc.ExpertServiceStub(self._channel)
+
+    async def _close_channel(self) -> None:
+        await self._channel.close()
 
     async def _check(self) -> float:
         request = health_pb2.HealthCheckRequest(service=EXPERT_SERVICE)
         try:
-            response = await self._stub.Check(request, timeout=CHECK_TIMEOUT_S)
+            response = await self._channel.stub.health.Check(request, timeout=CHECK_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 self._num_silent += 1
@@ -187,7 +202,9 @@ class _ReplicaProbe(_Probe):
 
     async def fetch_pairs(self) -> experts_pb2.LoadResponse | None:
         try:
-            return await self._experts.Load(experts_pb2.LoadRequest(with_pairs=True), timeout=CHECK_TIMEOUT_S)
+            return await self._channel.stub.experts.Load(
+                experts_pb2.LoadRequest(with_pairs=True), timeout=CHECK_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError as error:
             logger.info("load unknown replica_id=%s reason=%s", self.target[0], error.code().name)
             return None
@@ -195,7 +212,7 @@ class _ReplicaProbe(_Probe):
     async def _fetch_load(self) -> None:
         """Health decides alone whether a replica is used; without figures it is only not counted."""
         try:
-            answer = await self._experts.Load(experts_pb2.LoadRequest(), timeout=CHECK_TIMEOUT_S)
+            answer = await self._channel.stub.experts.Load(experts_pb2.LoadRequest(), timeout=CHECK_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             logger.debug("load unknown replica_id=%s reason=%s", self.target[0], error.code().name)
             self.load = None
@@ -209,8 +226,9 @@ class _ReplicaProbe(_Probe):
 
 
 class _RouterProbe(_Probe):
-    def __init__(self, target: Target, endpoint: str) -> None:
-        super().__init__(target, endpoint)
+    def __init__(self, target: Target, endpoint: str, tls: ClusterTls | None) -> None:
+        super().__init__(target)
+        self._channel = LastingChannel(endpoint, tls, _CHANNEL_OPTIONS, router_pb2_grpc.RouterServiceStub)
         self.report: RouterReport | None = None
         self.status: router_pb2.StatusResponse | None = None
         self._num_refused = 0
@@ -218,11 +236,13 @@ class _RouterProbe(_Probe):
         self._push: asyncio.Task[None] | None = None
         # Replicas of the table it took last: until it is connected to them, it is asked often.
         self._wanted_ids: frozenset[str] = frozenset()
-        self._stub = router_pb2_grpc.RouterServiceStub(self._channel)
+
+    async def _close_channel(self) -> None:
+        await self._channel.close()
 
     async def _check(self) -> float:
         try:
-            status = await self._stub.Status(router_pb2.StatusRequest(), timeout=STATUS_TIMEOUT_S)
+            status = await self._channel.stub.Status(router_pb2.StatusRequest(), timeout=STATUS_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 self._num_silent += 1
@@ -250,7 +270,7 @@ class _RouterProbe(_Probe):
     async def _send(self, table: ExpertTable) -> None:
         request = router_pb2.UpdateExpertTableRequest(table=table_to_proto(table))
         try:
-            response = await self._stub.UpdateExpertTable(request, timeout=PUSH_TIMEOUT_S)
+            response = await self._channel.stub.UpdateExpertTable(request, timeout=PUSH_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             logger.warning(
                 "push failed router_id=%s version=%d reason=%s: %s",
@@ -271,7 +291,7 @@ class _RouterProbe(_Probe):
     async def drain(self, timeout_s: float) -> int:
         request = router_pb2.DrainRequest(timeout_ms=int(timeout_s * 1000))
         try:
-            response = await self._stub.Drain(request, timeout=timeout_s + STATUS_TIMEOUT_S)
+            response = await self._channel.stub.Drain(request, timeout=timeout_s + STATUS_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             logger.warning("drain failed router_id=%s reason=%s", self.target[0], error.code().name)
             return self.status.num_running if self.status is not None and self.report_reachable else 0

@@ -100,12 +100,14 @@ class RayBackend:
         import ray
 
         addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        if self._settings.insecure_cluster_network and not self.own_ray:
+        is_allowed = self._settings.insecure_cluster_network or self._settings.cluster_tls_dir is not None
+        if is_allowed and not self.own_ray:
             return False
         if len(addresses) > 1:
             raise StartError(
-                f"this Ray cluster has {len(addresses)} nodes, and traffic between them would be unencrypted: allow it "
-                "with --insecure-cluster-network if the network is yours alone"
+                f"this Ray cluster has {len(addresses)} nodes, and traffic between them would be unencrypted: give "
+                "certificates with --cluster-tls-dir, or allow it with --insecure-cluster-network if the network is "
+                "yours alone"
             )
         return False
 
@@ -228,7 +230,12 @@ class RayBackend:
                 serve.start(
                     proxy_location="HeadOnly",
                     # No request_timeout_s: the application has its own, which answers properly.
-                    http_options=HTTPOptions(host=self._settings.host, port=self._settings.port),
+                    http_options=HTTPOptions(
+                        host=self._settings.host,
+                        port=self._settings.port,
+                        ssl_certfile=_to_text(self._settings.tls_cert),
+                        ssl_keyfile=_to_text(self._settings.tls_key),
+                    ),
                     logging_config=logging_config,
                 )
             if self._is_stopping:
@@ -284,6 +291,10 @@ class RayBackend:
         finally:
             self.durations_s[phase] = time.monotonic() - started_s
             logger.debug("phase=%r duration_s=%.2f", phase, self.durations_s[phase])
+
+
+def _to_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _import_serve() -> None:

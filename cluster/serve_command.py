@@ -214,6 +214,7 @@ def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: M
         autoscale=tuple((pattern, rule.build_rule()) for pattern, rule in settings.autoscale.items()),
         autoscale_dry_run=settings.autoscale_dry_run,
         device=settings.device,
+        tls_dir=None if settings.cluster_tls_dir is None else str(settings.cluster_tls_dir.absolute()),
     )
 
 
@@ -227,6 +228,7 @@ def build_api_settings(settings: ServeSettings, folder: Path, model_name: str) -
         ledger_url=settings.ledger_url,
         ledger_retention_days=settings.ledger_retention_days,
         router_wait_s=settings.router_wait_s,
+        cluster_tls_dir=spec.tls_dir,
     )
 
 
@@ -269,9 +271,10 @@ def _wait_ready(
 
 
 def _is_front_ready(settings: ServeSettings) -> bool:
-    """Whether a request would be served now, found by the way that requests take."""
+    """Whether a request would be served now, found by the way that requests take. Nothing is told to whoever answers,
+    and its certificate is for the name that clients use."""
     try:
-        return httpx.get(f"{settings.url}/health/ready", timeout=5.0, trust_env=False).is_success
+        return httpx.get(f"{settings.url}/health/ready", timeout=5.0, trust_env=False, verify=False).is_success
     except httpx.HTTPError:
         return False
 

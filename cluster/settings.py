@@ -131,6 +131,13 @@ class ServeSettings(BaseModel):
     insecure_cluster_network: bool = Field(
         False, description="let routers and expert groups listen, unencrypted, on the cluster's own network"
     )
+    cluster_tls_dir: Path | None = Field(
+        None,
+        description="folder on every node with tls.crt, tls.key and ca.crt, which encrypt the network between routers, "
+        "expert groups and the controller; None: no encryption",
+    )
+    tls_cert: Path | None = Field(None, description="certificate chain to serve the API over HTTPS; None: HTTP")
+    tls_key: Path | None = Field(None, description="key of tls_cert")
     max_model_len: Annotated[int, Field(ge=1)] | None = Field(
         None, description="longest sequence in tokens; None: what the checkpoint was made for"
     )
@@ -215,6 +222,8 @@ class ServeSettings(BaseModel):
             )
         if self.keys_file is not None and not self.auth:
             raise ValueError("keys_file with --no-auth: keys that nobody needs; leave one of them out")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: give both, or none")
         if self.admin_port is None and self.port == 65535:
             raise ValueError("port 65535 leaves none for the admin API: set admin_port")
         if self.admin_port == self.port:
@@ -231,7 +240,7 @@ class ServeSettings(BaseModel):
 
     @property
     def url(self) -> str:
-        return f"http://{_url_host(self.host)}:{self.port}"
+        return f"{'http' if self.tls_cert is None else 'https'}://{_url_host(self.host)}:{self.port}"
 
     @property
     def admin_url(self) -> str:

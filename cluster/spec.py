@@ -73,6 +73,8 @@ class ClusterSpec:
     gpus_per_actor: float = 0.0
     # Each actor asks for the resource of its pods (cluster/pod_resources.py), and Ray finds the node; else we do.
     on_pods: bool = False
+    # Folder of certificates on every node, for the network of routers, replicas and controller; None: unencrypted.
+    tls_dir: str | None = None
 
     @property
     def replica_groups(self) -> dict[str, GroupSpec]:

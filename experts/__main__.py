@@ -20,6 +20,7 @@ from experts.errors import ConfigError, ExpertsError
 from experts.expert_range import ExpertRange, list_hosted_pairs
 from experts.model_config import ModelConfig
 from experts.stop_signal import StopSignal
+from experts.tls import check_listen_address, load_cluster_tls
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace, stop_requested: StopSignal) -> int:
+    tls = load_cluster_tls(options.tls_dir)
+    check_listen_address(options.host, tls, allow_insecure=options.insecure_cluster_network)
     with Checkpoint(options.checkpoint) as checkpoint:
         hosted = _parse_hosted(checkpoint.config, options.experts, options.layers)
         for _ in list_hosted_pairs(checkpoint.config, hosted):
@@ -69,7 +72,14 @@ def _serve(options: argparse.Namespace, stop_requested: StopSignal) -> int:
         weights = load_expert_weights(checkpoint, hosted, dtype, device=device, on_fraction=stop_early)
     replica_id = options.replica_id or f"{options.group_name}-0"
     identity = ReplicaIdentity(options.group_name, replica_id, incarnation=time.time_ns())
-    server = ExpertServer(ExpertGroup(weights), identity, host=options.host, port=options.port)
+    server = ExpertServer(
+        ExpertGroup(weights),
+        identity,
+        host=options.host,
+        port=options.port,
+        tls=tls,
+        allow_insecure=options.insecure_cluster_network,
+    )
     endpoint = server.start()
     ready = {
         "endpoint": endpoint,
@@ -108,6 +118,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--drain-grace-s", type=float, default=2.0, help="seconds that open streams are still served after a signal"
     )
+    parser.add_argument("--tls-dir", metavar="DIR", help="certificates of the cluster: tls.crt, tls.key, ca.crt")
+    parser.add_argument("--insecure-cluster-network", action="store_true", help="listen unencrypted for other machines")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser.parse_args(arguments)
 

@@ -5,6 +5,9 @@ computes. Any other, a generated stub or a health check for instance, is forward
 server of the same process. So there is one address, any gRPC client can use it, and only the way of the activations is
 our own. One thread, which has nothing to do while routers compute. Routers on the same host come in by a unix socket
 beside it (experts/stream_socket.py).
+
+With certificates every connection is encrypted, nobody without one gets as far as an opening, and there is no unix
+socket.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import time
 from collections.abc import Callable
 
 from experts.stream_socket import listen_beside, set_stream_options
+from experts.tls import ClusterTls
+from experts.tls_socket import StreamSocket, TlsSocket
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +40,15 @@ _BACKLOG = 128
 class FrontDoor:
     """start() listens; close() ends the thread and what it forwards."""
 
-    def __init__(self, opening: bytes, on_router: Callable[[socket.socket], None]) -> None:
-        """on_router gets a connection whose opening was read, from this object's thread."""
+    def __init__(
+        self, opening: bytes, on_router: Callable[[StreamSocket], None], tls: ClusterTls | None = None
+    ) -> None:
+        """on_router gets a connection whose opening was read, from this object's thread. tls: None: unencrypted."""
         self._opening = opening
         self._on_router = on_router
+        self._tls = tls
         self._selector = selectors.DefaultSelector()
-        self._undecided: dict[socket.socket, _Undecided] = {}
+        self._undecided: dict[StreamSocket, _Undecided] = {}
         self._forwards: set[_Forward] = set()
         self._wake_in, self._wake_out = socket.socketpair()
         self._is_closing = False
@@ -56,7 +64,7 @@ class FrontDoor:
         listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
         port = listener.getsockname()[1]
         self._listeners.append(listener)
-        if (beside := listen_beside(f"{host}:{port}", _BACKLOG)) is not None:
+        if self._tls is None and (beside := listen_beside(f"{host}:{port}", _BACKLOG)) is not None:
             self._listeners.append(beside)
         self._forward_to = forward_to
         for listener in self._listeners:
@@ -118,10 +126,41 @@ class FrontDoor:
             return
         connection.setblocking(False)
         set_stream_options(connection)
-        self._undecided[connection] = _Undecided(connection, time.monotonic() + _OPENING_TIMEOUT_S)
+        undecided = _Undecided(time.monotonic() + _OPENING_TIMEOUT_S)
+        if self._tls is None:
+            self._expect_opening(connection, undecided)
+            return
+        try:
+            encrypted = TlsSocket(connection, self._tls.server_context)
+        except OSError as error:
+            logger.debug("no connection accepted: %s", error)
+            return
+        self._undecided[encrypted] = undecided
+        self._selector.register(encrypted, selectors.EVENT_READ, lambda _: self._shake_hands(encrypted))
+
+    def _shake_hands(self, connection: TlsSocket) -> None:
+        try:
+            mask = connection.handshake()
+        except OSError as error:
+            logger.warning("a client was turned away: %s", error)
+            del self._undecided[connection]
+            self._selector.unregister(connection)
+            connection.close()
+            return
+        if mask is not None:
+            self._selector.modify(connection, mask, lambda _: self._shake_hands(connection))
+            return
+        undecided = self._undecided[connection]
+        self._selector.unregister(connection)
+        self._expect_opening(connection, undecided)
+        # It may have come with the end of the handshake, and no selector would tell of it.
+        self._read_opening(connection)
+
+    def _expect_opening(self, connection: StreamSocket, undecided: _Undecided) -> None:
+        self._undecided[connection] = undecided
         self._selector.register(connection, selectors.EVENT_READ, lambda _: self._read_opening(connection))
 
-    def _read_opening(self, connection: socket.socket) -> None:
+    def _read_opening(self, connection: StreamSocket) -> None:
         undecided = self._undecided[connection]
         try:
             data = connection.recv(len(self._opening) - len(undecided.received))
@@ -141,7 +180,7 @@ class FrontDoor:
         else:
             self._forward(connection, undecided.received)
 
-    def _forward(self, connection: socket.socket, received: bytes) -> None:
+    def _forward(self, connection: StreamSocket, received: bytes) -> None:
         try:
             # Of the same process: it connects at once or not at all.
             inner = socket.create_connection(self._forward_to, timeout=_OPENING_TIMEOUT_S)
@@ -165,8 +204,7 @@ class FrontDoor:
 class _Undecided:
     """A connection that has not yet sent enough to tell what it is."""
 
-    def __init__(self, connection: socket.socket, deadline_s: float) -> None:
-        self.connection = connection
+    def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s
         self.received = b""
 
@@ -177,22 +215,23 @@ class _Forward:
     def __init__(
         self,
         selector: selectors.BaseSelector,
-        outer: socket.socket,
-        inner: socket.socket,
+        outer: StreamSocket,
+        inner: StreamSocket,
         received: bytes,
         on_close: Callable[[_Forward], None],
     ) -> None:
         self._selector = selector
         self._on_close = on_close
-        self._peers = {outer: inner, inner: outer}
+        self._peers: dict[StreamSocket, StreamSocket] = {outer: inner, inner: outer}
         # By the socket that they go to.
-        self._held: dict[socket.socket, collections.deque[bytes]] = {
+        self._held: dict[StreamSocket, collections.deque[bytes]] = {
             outer: collections.deque(),
             inner: collections.deque([received]),
         }
-        self._ended: set[socket.socket] = set()
+        self._ended: set[StreamSocket] = set()
         self._is_closed = False
-        self._watch()
+        # What came with the opening may lie where no selector sees it.
+        self._serve(outer, selectors.EVENT_READ)
 
     def close(self) -> None:
         if self._is_closed:
@@ -204,7 +243,7 @@ class _Forward:
             end.close()
         self._on_close(self)
 
-    def _serve(self, end: socket.socket, mask: int) -> None:
+    def _serve(self, end: StreamSocket, mask: int) -> None:
         if self._is_closed:
             return
         try:
@@ -222,7 +261,7 @@ class _Forward:
         else:
             self._watch()
 
-    def _read(self, end: socket.socket) -> None:
+    def _read(self, end: StreamSocket) -> None:
         data = end.recv(_CHUNK_BYTES)
         peer = self._peers[end]
         if data:
@@ -231,7 +270,7 @@ class _Forward:
             self._ended.add(end)
         self._write(peer)
 
-    def _write(self, end: socket.socket) -> None:
+    def _write(self, end: StreamSocket) -> None:
         held = self._held[end]
         while held:
             data = held.popleft()

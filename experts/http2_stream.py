@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from experts.tls_socket import StreamSocket
 from experts.wire import Buffer
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -87,7 +88,7 @@ class MessageStream:
     """
 
     def __init__(
-        self, connection: socket.socket, opening: bytes, max_message_bytes: int, *, knows_settings: bool = False
+        self, connection: StreamSocket, opening: bytes, max_message_bytes: int, *, knows_settings: bool = False
     ) -> None:
         """opening: what goes out first. The socket is non-blocking. knows_settings: the peer's opening was read, and
         it is make_client_opening()."""
@@ -221,7 +222,10 @@ class MessageStream:
                 self.flush()
 
     def lend(self) -> StreamState | None:
-        """What somebody else needs to go on with this stream, until take_back(). None in the middle of something."""
+        """What somebody else needs to go on with this stream, until take_back(). None in the middle of something, and
+        over TLS: what is in the socket are other bytes than the stream's then."""
+        if not isinstance(self.socket, socket.socket):
+            return None
         if not self.is_idle or self._control or self._start != self._end or self._prefix or self._in_headers:
             return None
         if self._message is not None or self._frame_left or self._padding_left:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from experts.http2_stream import MessageStream, StreamEnded, make_server_opening, make_trailers
 from experts.native_link import NativeLink
 from experts.native_serving import NativeServing
+from experts.tls_socket import StreamSocket
 from experts.wire import MAX_MESSAGE_BYTES, Buffer
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class StreamBroken(Exception):
 class RouterStream:
     """One router's stream. Used by the thread of RouterStreams alone."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: StreamSocket) -> None:
         self.messages = MessageStream(connection, _OPENING, MAX_MESSAGE_BYTES, knows_settings=True)
         self.number = connection.fileno()
         self.is_open = True
@@ -102,7 +103,7 @@ class RouterStreams:
         self._poll = select.epoll()
         self._streams: dict[int, RouterStream] = {}
         self._lock = threading.Lock()
-        self._adopted: list[socket.socket] = []
+        self._adopted: list[StreamSocket] = []
         self._wake_in, self._wake_out = socket.socketpair()
         self._poll.register(self._wake_in, select.EPOLLIN)
         self._is_closing = False
@@ -111,7 +112,7 @@ class RouterStreams:
     def start(self) -> None:
         self._thread.start()
 
-    def adopt(self, connection: socket.socket) -> None:
+    def adopt(self, connection: StreamSocket) -> None:
         """Serve a connection whose opening was read. From any thread."""
         with self._lock:
             if not self._is_closing:
@@ -148,7 +149,7 @@ class RouterStreams:
                 for number, mask in ready:
                     if number == self._wake_in.fileno():
                         self._wake_in.recv(1024)
-                        self._take_adopted()
+                        self._take_adopted(received)
                     elif (stream := self._streams.get(number)) is not None:
                         self._look_at(stream, mask, received)
                 if received:
@@ -229,7 +230,7 @@ class RouterStreams:
             stream.mask = mask
             self._poll.modify(stream.number, mask)
 
-    def _take_adopted(self) -> None:
+    def _take_adopted(self, received: list[Received]) -> None:
         with self._lock:
             adopted, self._adopted = self._adopted, []
         for connection in adopted:
@@ -244,6 +245,8 @@ class RouterStreams:
             else:
                 self._streams[stream.number] = stream
                 self._poll.register(stream.number, stream.mask)
+                # Over TLS, messages may have come together with the opening, and epoll does not tell of them.
+                self._look_at(stream, select.EPOLLIN, received)
 
     def _drop(self, stream: RouterStream, last: Sequence[bytes] = ()) -> None:
         if self._streams.pop(stream.number, None) is None:

@@ -35,6 +35,7 @@ from experts.router_streams import (
     RouterStreams,
     StreamBroken,
 )
+from experts.tls import ClusterTls, check_listen_address
 from experts.v1 import experts_pb2
 from experts.wire import COMPUTE_METHOD, MAX_MESSAGE_BYTES, SERVICE_NAME, Buffer, ComputeFrame, ComputeStatus
 
@@ -95,9 +96,13 @@ class ExpertServer:
         port: int = 0,
         max_streams: int = 64,
         native: bool = True,
+        tls: ClusterTls | None = None,
+        allow_insecure: bool = False,
     ) -> None:
         """port 0 takes a free one. max_streams: most streams open at once; a further call is refused. native: serve
-        usual frames without the interpreter, if the group can be computed so."""
+        usual frames without the interpreter, if the group can be computed so. tls: None: unencrypted,
+        which allow_insecure permits on an address that other machines reach. Raises ConfigError if it does not."""
+        check_listen_address(host, tls, allow_insecure=allow_insecure)
         self._group = group
         self._identity = identity
         self._host = host
@@ -114,7 +119,7 @@ class ExpertServer:
         self._server = grpc.server(self._pool, options=_SERVER_OPTIONS, maximum_concurrent_rpcs=num_threads)
         self._native = make_native_serving(group.frame_function, identity.incarnation, self._meter) if native else None
         self._streams = RouterStreams(self._serve, self._enter_stream, self._leave_stream, self._native)
-        self._door = FrontDoor(make_client_opening(COMPUTE_METHOD), self._streams.adopt)
+        self._door = FrontDoor(make_client_opening(COMPUTE_METHOD), self._streams.adopt, tls)
 
     def start(self) -> str:
         """Bind and serve. Returns "host:port". Raises RuntimeError or OSError if the port is taken."""

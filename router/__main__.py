@@ -77,6 +77,8 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX; auto: the first card if any")
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: all cores")
     parser.add_argument("--drain-timeout-s", type=float, default=30.0)
+    parser.add_argument("--tls-dir", metavar="DIR", help="certificates of the cluster: tls.crt, tls.key, ca.crt")
+    parser.add_argument("--insecure-cluster-network", action="store_true", help="listen unencrypted for other machines")
     options = parser.parse_args(arguments)
     config = RouterConfig(
         checkpoint=options.checkpoint,
@@ -101,6 +103,8 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         num_threads=options.threads,
         device=options.device,
         expert_endpoints=tuple(options.expert),
+        tls_dir=options.tls_dir,
+        allow_insecure=options.insecure_cluster_network,
     )
     return config, options.drain_timeout_s
 

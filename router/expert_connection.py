@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import selectors
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +25,14 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from experts.channels import open_channel
 from experts.errors import ExpertsError
 from experts.http2_stream import MessageStream, StreamEnded, make_client_opening
 from experts.kernels.cpu_ffn import load_library
 from experts.native_link import NativeLink
 from experts.stream_socket import connect_beside, set_stream_options
+from experts.tls import PEER_NAME, ClusterTls
+from experts.tls_socket import StreamSocket, TlsSocket
 from experts.v1 import experts_pb2 as pb
 from experts.wire import (
     COMPUTE_METHOD,
@@ -112,9 +116,10 @@ class ExpertConnection:
         heartbeats: HeartbeatOptions | None = None,
         counters: DispatchCounters | None = None,
         times: ServiceTimes | None = None,
+        tls: ClusterTls | None = None,
     ) -> None:
         """on_change is called whenever `ready` changes. heartbeats: None: as by default. times: measured by others as
-        well."""
+        well. tls: None: unencrypted."""
         self.replica = replica
         self.times = times or ServiceTimes()
         self.num_sent = 0
@@ -125,6 +130,7 @@ class ExpertConnection:
         self._on_change = on_change
         self._heartbeats = heartbeats or DEFAULT_HEARTBEATS
         self._counters = counters or DispatchCounters()
+        self._tls = tls
         # By frame id, in the order of sending.
         self._sent: dict[int, _SentFrame] = {}
         self._expected_s = 0.0
@@ -365,16 +371,15 @@ class ExpertConnection:
 
     async def _serve_once(self) -> Exception:
         """Dial, check, and serve the stream until it ends. Returns what ended it, raises what was wrong before."""
-        async with grpc.aio.insecure_channel(self.replica.endpoint, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(self.replica.endpoint, self._tls, CHANNEL_OPTIONS) as channel:
             await self._check_identity(channel)
         loop = asyncio.get_running_loop()
         host, _, port = self.replica.endpoint.rpartition(":")
-        connection: socket.socket | None = None
+        connection: StreamSocket | None = None
         heartbeat: Heartbeat | None = None
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
-                connection = connect_beside(self.replica.endpoint) or await _connect(host.strip("[]"), int(port))
-                set_stream_options(connection)
+                connection = await _connect(self.replica.endpoint, self._tls)
                 self._own_stream = MessageStream(connection, _OPENING, MAX_MESSAGE_BYTES)
                 self._ended, self._opened = loop.create_future(), loop.create_future()
                 loop.add_reader(connection, self._read)
@@ -385,8 +390,7 @@ class ExpertConnection:
                     heartbeat = await self._start_heartbeat(host.strip("[]"), int(port))
             if not self._ended.done():
                 self._is_connected = True
-                over = "unix" if connection.family == socket.AF_UNIX else "tcp"
-                logger.info("replica connected replica_id=%s over=%s", self.replica.replica_id, over)
+                logger.info("replica connected replica_id=%s over=%s", self.replica.replica_id, _name_way(connection))
                 self._on_change()
             return await self._ended
         finally:
@@ -399,7 +403,11 @@ class ExpertConnection:
     async def _start_heartbeat(self, host: str, port: int) -> Heartbeat:
         """Raises OSError."""
         _, heartbeat = await self._loop.create_connection(
-            lambda: Heartbeat(self._heartbeats, self._on_missed_heartbeat, self._on_dead), host, port
+            lambda: Heartbeat(self._heartbeats, self._on_missed_heartbeat, self._on_dead),
+            host,
+            port,
+            ssl=None if self._tls is None else self._tls.client_context,
+            server_hostname=None if self._tls is None else PEER_NAME,
         )
         return heartbeat
 
@@ -528,10 +536,29 @@ class ExpertConnection:
                 sent.on_done(ConnectionLost(f"replica {self.replica.replica_id}: {reason}"))
 
 
-async def _connect(host: str, port: int) -> socket.socket:
+def _name_way(connection: StreamSocket) -> str:
+    if not isinstance(connection, socket.socket):
+        return "tls"
+    return "unix" if connection.family == socket.AF_UNIX else "tcp"
+
+
+async def _connect(endpoint: str, tls: ClusterTls | None) -> StreamSocket:
+    """By the unix socket beside the endpoint, else over TCP; with certificates always that. Raises OSError."""
+    beside = connect_beside(endpoint) if tls is None else None
+    connection = beside or await _connect_tcp(endpoint)
+    try:
+        set_stream_options(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection if tls is None else await _encrypt(connection, tls)
+
+
+async def _connect_tcp(endpoint: str) -> socket.socket:
     """Raises OSError."""
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    host, _, port = endpoint.rpartition(":")
+    found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     family, kind, protocol, _, address = found[0]
     connection = socket.socket(family, kind, protocol)
     try:
@@ -541,6 +568,25 @@ async def _connect(host: str, port: int) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+async def _encrypt(connection: socket.socket, tls: ClusterTls) -> TlsSocket:
+    """Shake hands. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    encrypted = TlsSocket(connection, tls.client_context, server_name=PEER_NAME)
+    try:
+        while (mask := encrypted.handshake()) is not None:
+            ready = asyncio.Event()
+            reads = mask == selectors.EVENT_READ
+            (loop.add_reader if reads else loop.add_writer)(encrypted, ready.set)
+            try:
+                await ready.wait()
+            finally:
+                (loop.remove_reader if reads else loop.remove_writer)(encrypted)
+    except BaseException:
+        encrypted.close()
+        raise
+    return encrypted
 
 
 def _describe(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experts.model_config import ModelConfig
+from experts.tls import ClusterTls
 from router.dispatch_counters import DispatchCounters
 from router.errors import ExpertsUnavailable, StaleTable, TableChanged
 from router.expert_connection import ExpertConnection
@@ -40,10 +41,12 @@ Numerics = Literal["sticky", "uniform", "mixed"]
 
 class PoolOptions(NamedTuple):
     """numerics: which replicas of a group may answer, by their numerics_id. sticky: those with the one that the group
-    began with, others only while none of these is connected; uniform: only those; mixed: all, each by its speed."""
+    began with, others only while none of these is connected; uniform: only those; mixed: all, each by its speed.
+    tls: None: unencrypted."""
 
     heartbeats: HeartbeatOptions = DEFAULT_HEARTBEATS
     numerics: Numerics = "sticky"
+    tls: ClusterTls | None = None
 
 
 class ReplicaTimes(NamedTuple):
@@ -116,6 +119,7 @@ class ExpertPool:
                     self._notify,
                     heartbeats=self._options.heartbeats,
                     counters=self.counters,
+                    tls=self._options.tls,
                 )
         self._table = table
         self._expert_groups.clear()
@@ -306,6 +310,7 @@ class ExpertPool:
                 lambda: None,
                 heartbeats=self._options.heartbeats,
                 times=connection.times,
+                tls=self._options.tls,
             )
         return self._lanes[key]
 

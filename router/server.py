@@ -21,12 +21,14 @@ import psutil
 import torch
 import uvloop
 
+from experts.channels import listen
 from experts.checkpoint import Checkpoint
 from experts.device import resolve_device
 from experts.errors import ConfigError
 from experts.kernels.cpu_ffn import load_cpu_kernel
 from experts.memory import get_available_bytes
 from experts.model_config import ModelConfig
+from experts.tls import check_listen_address, load_cluster_tls
 from experts.wire import MAX_MESSAGE_BYTES, WireFormat
 from router.block_pool import BLOCK_SIZE, count_blocks
 from router.dispatch import CombineMode, Dispatcher, DispatchOptions
@@ -80,7 +82,8 @@ class RouterConfig:
     None: DEFAULT_SPECULATIVE_TOKENS, if the checkpoint has an MTP layer. call_timeout_s: one attempt of one expert
     call. expert_wait_s: for a group with no usable replica. heartbeats: of the
     expert replicas. numerics: see expert_pool.PoolOptions. queue_policy: who is next; fair: shared out between the
-    fairness_keys of requests, fcfs: by arrival. priority_ageing_s: of waiting, after which a request rises a class."""
+    fairness_keys of requests, fcfs: by arrival. priority_ageing_s: of waiting, after which a request rises a class.
+    tls_dir: of certificates; None: unencrypted, which allow_insecure permits on an address that others reach."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -106,6 +109,8 @@ class RouterConfig:
     num_threads: int | None = None
     device: str = "cpu"
     expert_endpoints: tuple[str, ...] = ()
+    tls_dir: str | None = None
+    allow_insecure: bool = False
 
 
 class RouterServer:
@@ -114,6 +119,8 @@ class RouterServer:
     def __init__(self, config: RouterConfig) -> None:
         """Reads the checkpoint's config and index, no weights. Raises ConfigError or CheckpointError."""
         self._config = config
+        self._tls = load_cluster_tls(config.tls_dir)
+        check_listen_address(config.host, self._tls, allow_insecure=config.allow_insecure)
         self._checkpoint = Checkpoint(config.checkpoint)
         self._model: ModelConfig = self._checkpoint.config
         self._max_model_len = _resolve_max_model_len(config, self._model)
@@ -218,7 +225,7 @@ class RouterServer:
         self._loop.run_forever()
 
     async def _listen(self) -> str:
-        self._pool = ExpertPool(self._model, PoolOptions(self._config.heartbeats, self._config.numerics))
+        self._pool = ExpertPool(self._model, PoolOptions(self._config.heartbeats, self._config.numerics, self._tls))
         self._server = grpc.aio.server(
             options=(
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -231,14 +238,14 @@ class RouterServer:
         router_pb2_grpc.add_RouterServiceServicer_to_server(RouterService(self), self._server)
         address = f"{self._config.host}:{self._config.port}"
         try:
-            port = self._server.add_insecure_port(address)
+            port = listen(self._server, address, self._tls)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken?") from error
         await self._server.start()
         loop = asyncio.get_running_loop()
         self._tasks.append(loop.create_task(self._load_and_run(), name="engine"))
         if self._config.expert_endpoints:
-            static = StaticExperts(self._config.expert_endpoints, self._pool)
+            static = StaticExperts(self._config.expert_endpoints, self._pool, self._tls)
             self._tasks.append(loop.create_task(static.run(), name="static experts"))
         return f"{self._config.host}:{port}"
 

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import grpc
 import grpc.aio
 
+from experts.channels import open_channel
 from experts.expert_range import ExpertRange
+from experts.tls import ClusterTls
 from experts.v1 import experts_pb2 as pb
 from experts.wire import DESCRIBE_METHOD, expert_ranges_from_proto
 from router.expert_connection import CHANNEL_OPTIONS, DIAL_TIMEOUT_S
@@ -29,9 +31,10 @@ LOOK_EVERY_S = 0.1
 class StaticExperts:
     """Keeps a pool's table true to what answers at fixed endpoints."""
 
-    def __init__(self, endpoints: Sequence[str], pool: ExpertPool) -> None:
+    def __init__(self, endpoints: Sequence[str], pool: ExpertPool, tls: ClusterTls | None = None) -> None:
         self._endpoints = tuple(endpoints)
         self._pool = pool
+        self._tls = tls
         self._described: dict[str, pb.DescribeResponse] = {}
         # Incarnation last refused at an endpoint: told once, not at every look.
         self._refused: dict[str, int] = {}
@@ -74,7 +77,7 @@ class StaticExperts:
             )
 
     async def _describe(self, endpoint: str) -> pb.DescribeResponse | None:
-        async with grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(endpoint, self._tls, CHANNEL_OPTIONS) as channel:
             describe = channel.unary_unary(
                 DESCRIBE_METHOD,
                 request_serializer=pb.DescribeRequest.SerializeToString,

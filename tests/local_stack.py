@@ -125,6 +125,8 @@ class StackOptions:
     router_threads: int = 1
     # False leaves the HTTP front out, for tests that call the router over gRPC.
     api: bool = True
+    # Folder of the certificates that everything uses; None: unencrypted.
+    tls_dir: Path | None = None
     extra_router_arguments: tuple[str, ...] = ()
 
 
@@ -154,6 +156,8 @@ class LocalStack:
             return router_pb2_grpc.RouterServiceStub(channel).Status(router_pb2.StatusRequest(), timeout=timeout_s)
 
     def router_channel(self) -> grpc.Channel:
+        if self.options.tls_dir is not None:
+            return secure_channel(self.router_endpoint, self.options.tls_dir)
         return grpc.insecure_channel(self.router_endpoint, options=[("grpc.use_local_subchannel_pool", 1)])
 
     def restart_expert(self, index: int) -> ManagedProcess:
@@ -210,7 +214,8 @@ def local_stack(
                 for index, port in enumerate(expert_ports)
             ]
             router = start("router", router_arguments(checkpoint, options, router_expert_ports, router_port))
-            api = start("api", api_arguments(checkpoint, [router_port], api_port)) if options.api else None
+            front_arguments = [*api_arguments(checkpoint, [router_port], api_port), *_tls_arguments(options)]
+            api = start("api", front_arguments) if options.api else None
             stack = LocalStack(
                 checkpoint=checkpoint,
                 options=options,
@@ -261,6 +266,7 @@ def expert_arguments(checkpoint: Path, options: StackOptions, index: int, port: 
         *("--group-name", f"g{group}", "--replica-id", f"g{group}-{replica}"),
         *("--host", HOST, "--port", str(port), "--dtype", options.dtype),
         *("--threads", str(options.expert_threads)),
+        *_tls_arguments(options),
     ]
 
 
@@ -276,7 +282,7 @@ def router_arguments(checkpoint: Path, options: StackOptions, expert_ports: Sequ
         arguments.append("--deterministic" if options.deterministic else "--no-deterministic")
     if options.max_model_len is not None:
         arguments += ["--max-model-len", str(options.max_model_len)]
-    return [*arguments, *options.extra_router_arguments]
+    return [*arguments, *_tls_arguments(options), *options.extra_router_arguments]
 
 
 def api_arguments(checkpoint: Path, router_ports: Sequence[int], port: int) -> list[str]:
@@ -284,6 +290,17 @@ def api_arguments(checkpoint: Path, router_ports: Sequence[int], port: int) -> l
     for router_port in router_ports:
         arguments += ["--router", f"{HOST}:{router_port}"]
     return arguments
+
+
+def _tls_arguments(options: StackOptions) -> list[str]:
+    return [] if options.tls_dir is None else ["--tls-dir", str(options.tls_dir)]
+
+
+def secure_channel(endpoint: str, tls_dir: Path) -> grpc.Channel:
+    """A client with the certificate of a folder."""
+    ca, key, certificate = ((tls_dir / name).read_bytes() for name in ("ca.crt", "tls.key", "tls.crt"))
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.ssl_target_name_override", "shoal")]
+    return grpc.secure_channel(endpoint, grpc.ssl_channel_credentials(ca, key, certificate), options=options)
 
 
 @dataclass(frozen=True)

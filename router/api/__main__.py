@@ -40,6 +40,7 @@ def main() -> int:
         max_model_len=arguments.max_model_len,
         router_wait_s=arguments.router_wait_s,
         router_dead_s=arguments.router_dead_s,
+        cluster_tls_dir=arguments.tls_dir,
     )
     try:
         check_open_access(arguments.host, has_keys=arguments.keys_file is not None, is_allowed=arguments.no_auth)
@@ -55,22 +56,28 @@ def main() -> int:
         log_config=None,
         timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
         server_header=False,
+        ssl_certfile=arguments.tls_cert,
+        ssl_keyfile=arguments.tls_key,
     )
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         # uvicorn drains on these and then raises them again, which would make a proper stop look like a death.
         signal.signal(stop_signal, lambda *_: None)
-    _AnnouncingServer(config).run(sockets=[listener])
+    _AnnouncingServer(config, "https" if arguments.tls_cert else "http").run(sockets=[listener])
     return 0
 
 
 class _AnnouncingServer(uvicorn.Server):
     """Says where it listens once it does."""
 
+    def __init__(self, config: uvicorn.Config, scheme: str) -> None:
+        super().__init__(config)
+        self._scheme = scheme
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
-            print(json.dumps({"url": f"http://{host}:{port}", "pid": os.getpid()}), flush=True)
+            print(json.dumps({"url": f"{self._scheme}://{host}:{port}", "pid": os.getpid()}), flush=True)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -91,6 +98,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--router-dead-s", type=float, default=ApiSettings.router_dead_s, help="without a sign of life, until then"
     )
+    parser.add_argument("--tls-dir", metavar="DIR", help="certificates to call routers with: tls.crt, tls.key, ca.crt")
+    parser.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
+    parser.add_argument("--tls-key", metavar="FILE", help="and its key")
     return parser.parse_args()
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import grpc
 import grpc.aio
 
+from experts.tls import load_cluster_tls
 from router.api.attempts import Attempts, Failure, FailureKind
 from router.api.continuation import Continuation
 from router.api.errors import ApiError, BadRequest, InternalError, RequestTimedOut
@@ -57,11 +58,12 @@ class RouterStatus(NamedTuple):
 
 
 class RouterClient:
-    """Use it on one event loop only; channels are opened on first use."""
+    """Use it on one event loop only; channels are opened on first use. Raises ConfigError for unusable certificates."""
 
     def __init__(self, endpoints: RouterEndpoints, settings: ApiSettings, eos_token_ids: Sequence[int]) -> None:
         self._endpoints = endpoints
         self._settings = settings
+        self._tls = load_cluster_tls(settings.cluster_tls_dir)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._routers: dict[str, RouterLink] = {}
         self._retired: list[RouterLink] = []
@@ -191,7 +193,7 @@ class RouterClient:
         self._refreshed_at_s = asyncio.get_running_loop().time()
         for endpoint in endpoints:
             if endpoint not in self._routers:
-                self._routers[endpoint] = RouterLink(endpoint, self._settings, self._find_other)
+                self._routers[endpoint] = RouterLink(endpoint, self._settings, self._tls, self._find_other)
         for endpoint in [endpoint for endpoint in self._routers if endpoint not in endpoints]:
             self._retired.append(self._routers.pop(endpoint))
         idle = [router for router in self._retired if router.num_in_flight == 0]

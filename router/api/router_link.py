@@ -14,6 +14,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 import grpc
 import grpc.aio
 
+from experts.channels import LastingChannel
+from experts.tls import ClusterTls
 from router.api.errors import Unavailable
 from router.api.settings import ApiSettings
 from router.cancellation import is_task_cancelled
@@ -50,9 +52,13 @@ class RouterLink:
     """
 
     def __init__(
-        self, endpoint: str, settings: ApiSettings, find_other: Callable[[RouterLink], Awaitable[bool]]
+        self,
+        endpoint: str,
+        settings: ApiSettings,
+        tls: ClusterTls | None,
+        find_other: Callable[[RouterLink], Awaitable[bool]],
     ) -> None:
-        """find_other: whether another router than this one is ready for its streams."""
+        """tls: None: unencrypted. find_other: whether another router than this one is ready for its streams."""
         self.endpoint = endpoint
         self.last_used = 0.0
         self.silent_since_s: float | None = None
@@ -60,8 +66,7 @@ class RouterLink:
         self._find_other = find_other
         self._streams: set[_Stream] = set()
         self._watcher: asyncio.Task[None] | None = None
-        self._channel = grpc.aio.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
-        self._stub = router_pb2_grpc.RouterServiceStub(self._channel)
+        self._channel = LastingChannel(endpoint, tls, _CHANNEL_OPTIONS, router_pb2_grpc.RouterServiceStub)
 
     @property
     def num_in_flight(self) -> int:
@@ -73,7 +78,7 @@ class RouterLink:
         """Yield responses; closing the generator cancels the call. Raises grpc.aio.AioRpcError, RouterSilent."""
         loop = asyncio.get_running_loop()
         self.last_used = loop.time()
-        stream = _Stream(self._stub.Generate(request, timeout=max(timeout_s, 0.0)), loop.time())
+        stream = _Stream(self._channel.stub.Generate(request, timeout=max(timeout_s, 0.0)), loop.time())
         self._streams.add(stream)
         if self._watcher is None or self._watcher.done():
             self._watcher = loop.create_task(self._watch())
@@ -94,7 +99,7 @@ class RouterLink:
     async def fetch_status(self, timeout_s: float) -> router_pb2.StatusResponse | None:
         """None: no answer in time."""
         try:
-            return await self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s)
+            return await self._channel.stub.Status(router_pb2.StatusRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError:
             return None
         except asyncio.CancelledError:
@@ -108,7 +113,7 @@ class RouterLink:
         """What the router knows; nothing if it does not answer in time."""
         try:
             request = router_pb2.ExchangeTalliesRequest(tallies=tallies)
-            return (await self._stub.ExchangeTallies(request, timeout=timeout_s)).tallies
+            return (await self._channel.stub.ExchangeTallies(request, timeout=timeout_s)).tallies
         except grpc.aio.AioRpcError:
             return ()
         except asyncio.CancelledError:
@@ -157,7 +162,7 @@ class RouterLink:
     async def _is_alive(self) -> bool:
         """Whether it answers, and its steps end. A broken connection is no silence: it ends the streams by itself."""
         try:
-            status = await self._stub.Status(router_pb2.StatusRequest(), timeout=self._settings.router_dead_s)
+            status = await self._channel.stub.Status(router_pb2.StatusRequest(), timeout=self._settings.router_dead_s)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return self.silent_since_s is None

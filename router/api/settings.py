@@ -25,6 +25,8 @@ class ApiSettings:
     max_model_len: int | None = None
     """Context length in tokens, prompt and answer together; None: the checkpoint's max_position_embeddings.
     Must not be larger than the routers' own."""
+    cluster_tls_dir: str | None = None
+    """Folder of the certificates with which routers are called; None: unencrypted."""
     request_timeout_s: float = 600.0
     """Longest life of one request; the same 600 s as the openai client's default."""
     router_wait_s: float = 30.0

@@ -1,11 +1,12 @@
 """One scatter/gather round through the router's own code against raw TCP sockets that carry the same bytes.
 
-    python tests/benchmarks/dispatch.py [--json] [--full] [--wire-dtype fp8-both]
+    python tests/benchmarks/dispatch.py [--json] [--full] [--wire-dtype fp8-both] [--tls-dir FOLDER]
 
 Every row goes to every one of 4 expert processes, which answer with the rows they got: what is left is planning,
 encoding, transport and adding up. Both sides run in turns within one run, so that a change of the machine's speed hits
 both. Medians. --full: 7168 columns, as DeepSeek-V3 has; the default is tiny and only shows that it works.
-Processes get the environment that the cluster gives them (cluster/data_plane_env.py).
+Processes get the environment that the cluster gives them (cluster/data_plane_env.py). --tls-dir: the dispatched rounds,
+not the raw ones, are encrypted with the certificates of `shoal certs`; bars are for what is not.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from experts.kernels.cpu_build import FLAGS, SOURCE_FOLDER, CompilerMissing, com
 from experts.model_config import ModelConfig
 from experts.native_serving import FrameFunction
 from experts.server import ExpertServer, ReplicaIdentity
+from experts.tls import load_cluster_tls
 from experts.wire import ComputeFrame, WireFormat, encode_request, encode_response
 from router.dispatch import Dispatcher, DispatchOptions, to_wire
-from router.expert_pool import ExpertPool
+from router.expert_pool import ExpertPool, PoolOptions
 from router.expert_table import ExpertTable, GroupEntry, ReplicaEntry
 from tests.benchmarks.report import Bar, Figure, add_json_option, print_report, summarize
 from tests.benchmarks.worker_processes import restart_with_data_plane_env, run_workers
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64], help="rows of a round")
     parser.add_argument("--rounds", type=int, help="rounds of each kind; default: 10, with --full 600")
     parser.add_argument("--wire-dtype", choices=[choice.value for choice in WireFormat], default="bfloat16")
+    parser.add_argument("--tls-dir", metavar="FOLDER", help="tls.crt, tls.key and ca.crt: encrypt what is dispatched")
     parser.add_argument("--serve", choices=["experts", "raw"], help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--hidden", type=int, help="columns; default: 256, with --full 7168")
@@ -72,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(1)
     hidden_size = arguments.hidden or (7168 if arguments.full else 256)
     if arguments.serve == "experts":
-        serve_experts(hidden_size, arguments.name)
+        serve_experts(hidden_size, arguments.name, arguments.tls_dir)
     elif arguments.serve == "raw":
         serve_raw()
     else:
@@ -85,8 +88,13 @@ def measure(arguments: argparse.Namespace, hidden_size: int, num_rounds: int) ->
     limits: list[Figure] = []
     figures: list[Figure] = []
     bars: list[Bar] = []
-    with serving("experts", num_groups, hidden_size) as experts, serving("raw", num_groups, hidden_size) as raw:
-        sizes = [Rounds(rows, hidden_size, num_groups, wire_format, experts, raw) for rows in arguments.rows]
+    tls_dir: str | None = arguments.tls_dir
+    secret = () if tls_dir is None else ("--tls-dir", tls_dir)
+    with (
+        serving("experts", num_groups, hidden_size, *secret) as experts,
+        serving("raw", num_groups, hidden_size) as raw,
+    ):
+        sizes = [Rounds(rows, hidden_size, num_groups, wire_format, experts, raw, tls_dir) for rows in arguments.rows]
         for rounds, (raw_us, dispatch_us) in zip(sizes, uvloop.run(run_all(sizes, num_rounds)), strict=True):
             details = {"rows": rounds.num_rows, "bytes_out": rounds.bytes_out, "bytes_back": rounds.bytes_back}
             limits.append(summarize("raw TCP round", raw_us, "us", **details))
@@ -95,6 +103,7 @@ def measure(arguments: argparse.Namespace, hidden_size: int, num_rounds: int) ->
             figures.append(Figure("times the raw round", ratio, "x", {"rows": rounds.num_rows}))
             if rounds.num_rows in MOST_TIMES:
                 comparable = num_groups == 4 and hidden_size == 7168 and wire_format is WireFormat.BFLOAT16
+                comparable = comparable and tls_dir is None
                 bars.append(
                     Bar(
                         f"scatter/gather over 4 groups, {rounds.num_rows} row(s), against the raw socket round",
@@ -102,14 +111,20 @@ def measure(arguments: argparse.Namespace, hidden_size: int, num_rounds: int) ->
                         ratio if comparable else None,
                         "x",
                         "low",
-                        "" if comparable else "measured only with --full, 4 groups and bfloat16",
+                        "" if comparable else "measured only with --full, 4 groups and bfloat16, unencrypted",
                     )
                 )
     share = fp8_share(7168)
     bars.append(Bar("bytes of FP8 both ways, against bfloat16 (64 rows of 7168)", 0.52, share, "x", "low"))
     print_report(
         "dispatch",
-        sizes={"hidden": hidden_size, "groups": num_groups, "rounds": num_rounds, "wire_dtype": wire_format.value},
+        sizes={
+            "hidden": hidden_size,
+            "groups": num_groups,
+            "rounds": num_rounds,
+            "wire_dtype": wire_format.value,
+            "encrypted": tls_dir is not None,
+        },
         limit=limits,
         figures=figures,
         bars=bars,
@@ -128,8 +143,10 @@ class Rounds:
         wire_format: WireFormat,
         experts: Sequence[str],
         raw: Sequence[str],
+        tls_dir: str | None,
     ) -> None:
         self.num_rows = num_rows
+        self._pool_options = PoolOptions(tls=load_cluster_tls(tls_dir))
         self._config = ModelConfig.from_dict(
             build_config(hidden_size=hidden_size, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K)
         )
@@ -162,7 +179,7 @@ class Rounds:
 
     async def run(self, num_rounds: int) -> tuple[list[float], list[float]]:
         """Microseconds of every raw and of every dispatched round."""
-        pool = ExpertPool(self._config)
+        pool = ExpertPool(self._config, self._pool_options)
         pool.apply(self._table)
         dispatcher = Dispatcher(pool, self._options)
         raw_us: list[float] = []
@@ -258,10 +275,11 @@ def build_echo() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def serve_experts(hidden_size: int, replica_id: str) -> None:
+def serve_experts(hidden_size: int, replica_id: str, tls_dir: str | None) -> None:
     """One expert server on any port, until standard input ends."""
     group = cast(ExpertGroup, EchoGroup(hidden_size))
-    server = ExpertServer(group, ReplicaIdentity("g", replica_id, incarnation=1))
+    identity = ReplicaIdentity("g", replica_id, incarnation=1)
+    server = ExpertServer(group, identity, tls=load_cluster_tls(tls_dir))
     print(json.dumps({"endpoint": server.start()}), flush=True)
     sys.stdin.read()
     server.stop(0.1)
@@ -299,9 +317,9 @@ def receive_exactly(connection: socket.socket, target: memoryview) -> None:
 
 
 @contextlib.contextmanager
-def serving(kind: str, count: int, hidden_size: int) -> Iterator[list[str]]:
+def serving(kind: str, count: int, hidden_size: int, *secret: str) -> Iterator[list[str]]:
     """Endpoints of that many processes of this script; they end with the block."""
-    options = ("--serve", kind, "--hidden", str(hidden_size))
+    options = ("--serve", kind, "--hidden", str(hidden_size), *secret)
     with run_workers([(__file__, *options, "--name", f"g{index}-0") for index in range(count)]) as workers:
         yield [worker.ready["endpoint"] for worker in workers]
 
