@@ -41,6 +41,7 @@ from cluster.spec import ClusterSpec, spec_from_json
 from cluster.state_file import ClusterState, get_state_dir, remove_state
 from cluster.worker_groups import RayClusterView
 from experts.model_config import ModelConfig
+from experts.tls import load_cluster_tls
 from router.api.settings import ApiSettings
 from router.tenancy.open_access import check_open_access
 
@@ -90,10 +91,10 @@ def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:
         listen_on="node",
         gpus_per_actor=settings.kubernetes_gpus_per_pod,
     )
-    if not settings.insecure_cluster_network:
+    if not settings.insecure_cluster_network and load_cluster_tls(spec.tls_dir) is None:
         raise PreflightError(
-            "routers and expert groups are in different pods, and traffic between them would be unencrypted: allow it "
-            "with insecure_cluster_network if the network is yours alone"
+            "routers and expert groups are in different pods, and traffic between them would be unencrypted: give "
+            "certificates with cluster_tls_dir, or allow it with insecure_cluster_network if the network is yours alone"
         )
     return spec, build_api_settings(settings, folder, model_name)
 
@@ -221,7 +222,7 @@ class _Command:
             self._spec,
             store,
             ActorFactory(self._spec),
-            Probes(),
+            Probes(load_cluster_tls(self._spec.tls_dir)),
             time.monotonic,
             time.time,
             backend,

@@ -53,11 +53,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _examine_kubernetes(options: argparse.Namespace) -> list[Finding]:
+    from cluster.kubernetes_api import make_client
     from cluster.kubernetes_doctor import examine_kubernetes, load_values
-    from cluster.kubernetes_facts import connect, fetch_facts
+    from cluster.kubernetes_facts import fetch_facts
 
     values = None if options.values is None else load_values(options.values)
-    return examine_kubernetes(fetch_facts(connect(), options.namespace), values)
+    return examine_kubernetes(fetch_facts(make_client(), options.namespace), values)
 
 
 def examine(checkpoint: Path | None, num_groups: int, port: int) -> list[Finding]:

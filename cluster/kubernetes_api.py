@@ -197,9 +197,14 @@ class KubernetesApi:
 
 
 def connect(namespace: str, cluster_name: str) -> KubernetesApi:
-    """By the pod's own service account, else by the kubeconfig of KUBECONFIG. Raises StartError.
+    """See make_client(). Raises StartError."""
+    return KubernetesApi(make_client(), namespace, cluster_name)
 
-    The token of a service account changes every hour or so; the client reads it again.
+
+def make_client() -> Any:
+    """A kubernetes.client.ApiClient, by the pod's own service account, else by the kubeconfig of KUBECONFIG.
+
+    The token of a service account changes every hour or so; the client reads it again. Raises StartError.
     """
     from kubernetes import client, config
 
@@ -215,7 +220,7 @@ def connect(namespace: str, cluster_name: str) -> KubernetesApi:
         ) from error
     # Our own loops try again, and know what a repetition means.
     configuration.retries = 0
-    return KubernetesApi(client.ApiClient(configuration), namespace, cluster_name)
+    return client.ApiClient(configuration)
 
 
 def _check_status(response: Any) -> None:

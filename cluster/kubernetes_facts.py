@@ -6,7 +6,6 @@ What may not be read is None, and the reason is kept: whoever asks may do less t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,25 +59,6 @@ class KubernetesFacts:
     secrets: Mapping[str, frozenset[str]] | None = None
     forbidden: tuple[str, ...] | None = None
     unread: Mapping[str, str] = field(default_factory=dict[str, str])
-
-
-def connect(kubeconfig: str | None = None) -> Any:
-    """A kubernetes.client.ApiClient for the pod's own account, or else the user's kubeconfig. Raises PreflightError."""
-    from kubernetes import client, config
-
-    configuration = client.Configuration()
-    try:
-        if kubeconfig is None and "KUBERNETES_SERVICE_HOST" in os.environ:
-            config.load_incluster_config(client_configuration=configuration)
-        else:
-            config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
-    except (config.ConfigException, OSError) as error:
-        raise PreflightError(
-            f"no access to a Kubernetes cluster: {' '.join(str(error).split())} (set KUBECONFIG, or log in with your "
-            "provider's tool)"
-        ) from error
-    configuration.retries = 0
-    return client.ApiClient(configuration)
 
 
 def fetch_facts(api_client: Any, namespace: str) -> KubernetesFacts:

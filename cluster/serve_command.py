@@ -214,7 +214,7 @@ def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: M
         autoscale=tuple((pattern, rule.build_rule()) for pattern, rule in settings.autoscale.items()),
         autoscale_dry_run=settings.autoscale_dry_run,
         device=settings.device,
-        tls_dir=None if settings.cluster_tls_dir is None else str(settings.cluster_tls_dir.absolute()),
+        tls_dir=settings.resolved_cluster_tls_dir,
     )
 
 
@@ -228,7 +228,7 @@ def build_api_settings(settings: ServeSettings, folder: Path, model_name: str) -
         ledger_url=settings.ledger_url,
         ledger_retention_days=settings.ledger_retention_days,
         router_wait_s=settings.router_wait_s,
-        cluster_tls_dir=spec.tls_dir,
+        cluster_tls_dir=settings.resolved_cluster_tls_dir,
     )
 
 

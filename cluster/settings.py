@@ -239,6 +239,11 @@ class ServeSettings(BaseModel):
         return self.kubernetes_lease or f"{self.kubernetes_cluster}-controller"
 
     @property
+    def resolved_cluster_tls_dir(self) -> str | None:
+        """As processes elsewhere need it."""
+        return None if self.cluster_tls_dir is None else str(self.cluster_tls_dir.absolute())
+
+    @property
     def url(self) -> str:
         return f"{'http' if self.tls_cert is None else 'https'}://{_url_host(self.host)}:{self.port}"
 

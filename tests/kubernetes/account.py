@@ -14,32 +14,7 @@ _CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "shoal"
 _NAME = "shoal-controller"
 
 
-# Until there is a chart, the same Role by hand.
-_RULES: list[dict[str, Any]] = [
-    {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "verbs": ["get", "patch"], "resourceNames": ["shoal"]},
-    {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "verbs": ["list", "watch"]},
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]},
-    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
-    {
-        "apiGroups": ["coordination.k8s.io"],
-        "resources": ["leases"],
-        "verbs": ["get", "update"],
-        "resourceNames": [_NAME],
-    },
-    {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
-]
-
-
 def render_account(namespace: str) -> list[dict[str, Any]]:
-    if not _CHART.is_dir():
-        metadata = {"metadata": {"name": _NAME, "namespace": namespace}}
-        role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": _NAME}
-        subject = {"kind": "ServiceAccount", "name": _NAME, "namespace": namespace}
-        return [
-            {"kind": "ServiceAccount", **metadata},
-            {"kind": "Role", **metadata, "rules": _RULES},
-            {"kind": "RoleBinding", **metadata, "roleRef": role, "subjects": [subject]},
-        ]
     return [
         document
         for document in yaml.safe_load_all(_render(namespace))

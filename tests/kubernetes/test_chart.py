@@ -286,7 +286,7 @@ def test_the_api_is_closed_with_keys_and_open_without() -> None:
     assert "auth" not in closed.settings
     for name, spec in pod_specs(closed):
         mounted = {mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
-        assert ("/etc/shoal/keys" in mounted) is (name in ("head", "test-shoal-controller"))
+        assert ("/etc/shoal/keys" in mounted) is (name == "head")
     assert render().settings["auth"] is False
 
 

@@ -71,7 +71,7 @@
 {{- toYaml $settings -}}
 {{- end }}
 
-{{/* What the HTTP front reads; the controller, which starts it, looks at the same files first. */}}
+{{/* What the HTTP front reads, which is on the head. */}}
 {{- define "shoal.headMounts" -}}
 {{- if .Values.apiKeys.existingSecret }}
 - {name: api-keys, mountPath: /etc/shoal/keys, readOnly: true}
