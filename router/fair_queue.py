@@ -101,7 +101,7 @@ class FairQueue:
 
     def list_waiting(self) -> list[Sequence]:
         accounts = (account for band in self._bands.values() for account in band.values())
-        return sorted((sequence for account in accounts for sequence in account.waiting), key=self.turn)
+        return [sequence for account in accounts for sequence in account.waiting]
 
     def find_refusal(self, sequence: Sequence, max_waiting: int) -> str | None:
         """An account may have at most as many waiting as there are places left, in whatever class."""
@@ -198,6 +198,7 @@ class FairQueue:
             AccountService(band, account.name, account.given, bool(account.waiting))
             for band, accounts in self._bands.items()
             for account in accounts.values()
+            if account.given > 0 or account.waiting
         ]
 
     def note_elsewhere(self, band: int, name: str, service: float, *, is_backlogged: bool) -> None:

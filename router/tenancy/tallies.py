@@ -11,6 +11,7 @@ Pure: no network; the clock is passed in.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -23,6 +24,7 @@ SILENT_AFTER_S = 5.0
 FORGET_AFTER_S = 60.0
 # Of one exchange; a cluster has some routers and fronts, and its key file some teams.
 MAX_TALLIES = 256
+MAX_ACCOUNTS = 4096
 
 Key = tuple[int, str]
 
@@ -78,7 +80,7 @@ class TallyBook:
             heard = self._heard.get(tally.source)
             if tally.source == self._source or (heard is not None and tally.number <= heard.tally.number):
                 continue
-            if heard is None and len(self._heard) >= MAX_TALLIES:
+            if (heard is None and len(self._heard) >= MAX_TALLIES) or not _is_sound(tally):
                 continue
             # The first one of a source is where counting begins: what was before is nobody's advantage now.
             if heard is not None and tally.kind == self._kind:
@@ -115,3 +117,8 @@ class TallyBook:
                 num_requests=grown.num_requests + max(0, account.num_requests - last.num_requests),
                 num_tokens=grown.num_tokens + max(0, account.num_tokens - last.num_tokens),
             )
+
+
+def _is_sound(tally: router_pb2.Tally) -> bool:
+    """Whether it may be counted: it came from the network."""
+    return len(tally.accounts) <= MAX_ACCOUNTS and all(math.isfinite(account.service) for account in tally.accounts)
