@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.api.errors import ApiError, BadRequest, NotAuthenticated, RateLimited, error_response
 from router.api.request_use import RequestUse, set_current_use
 from router.tenancy.journal import UsageJournal
+from router.tenancy.key_file import Limits
 from router.tenancy.key_ring import ANONYMOUS, Account, KeySource, now_utc
 from router.tenancy.limits import LimitBook, LimitState
 from router.tenancy.priority import PriorityClass
@@ -105,6 +106,10 @@ class Accounts:
         self._keys = None if keys_file is None else KeySource(keys_file, clock)
         self.limits = LimitBook(max_parallel, clock)
         self.journal = None if usage_journal is None else UsageJournal(usage_journal, _SLOTS_PER_REQUEST * max_parallel)
+
+    def find_limits(self, scope_id: str) -> Limits | None:
+        """Of a key or a team; None: there is none of that name."""
+        return None if self._keys is None else self._keys.get().find_limits(scope_id)
 
     def close(self) -> None:
         if self.journal is not None:

@@ -57,4 +57,7 @@ async def _exchange(routers: RouterClient, accounts: Accounts, book: TallyBook) 
     )
     book.merge(await routers.exchange_tallies([own, *book.list_known()], _ROUND_TIMEOUT_S))
     for change in book.take_changes():
-        accounts.limits.note_elsewhere(change.account, change.num_requests, change.num_tokens, change.num_running)
+        if (limits := accounts.find_limits(change.account)) is not None:
+            accounts.limits.note_elsewhere(
+                change.account, limits, change.num_requests, change.num_tokens, change.num_running
+            )

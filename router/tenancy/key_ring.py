@@ -40,6 +40,17 @@ class Account:
     key_limits: Limits = field(default_factory=Limits)
     team_limits: Limits = field(default_factory=Limits)
 
+    @property
+    def scope_ids(self) -> tuple[str, ...]:
+        """Under which names its use is counted; the team's is the last."""
+        team = f"team:{self.team}"
+        return (team,) if self.key_id == "" else (f"key:{self.key_id}", team)
+
+    @property
+    def scope_limits(self) -> tuple[Limits, ...]:
+        """Of scope_ids, in their order."""
+        return (self.team_limits,) if self.key_id == "" else (self.key_limits, self.team_limits)
+
 
 ANONYMOUS = Account(ANONYMOUS_TEAM)
 
@@ -50,9 +61,18 @@ class KeyRing:
     def __init__(self, file: KeyFile) -> None:
         self._secret = file.secret
         self._keys = {bytes.fromhex(entry.digest): (entry, _make_account(file, entry)) for entry in file.keys}
+        self._limits = {
+            scope_id: limits
+            for _, account in self._keys.values()
+            for scope_id, limits in zip(account.scope_ids, account.scope_limits, strict=True)
+        }
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def find_limits(self, scope_id: str) -> Limits | None:
+        """Of a key or a team; None: there is none of that name."""
+        return self._limits.get(scope_id)
 
     def find(self, key_text: bytes, now: datetime) -> Account | None:
         """None: unknown, revoked or expired.

@@ -134,7 +134,7 @@ class LimitBook:
     def release(self, account: Account) -> None:
         """A request that admit() let in has ended."""
         self._num_running -= 1
-        for scope_id in scope_ids(account):
+        for scope_id in account.scope_ids:
             self._scopes[scope_id].num_running -= 1
 
     def admit_tokens(self, account: Account, num_tokens: int) -> Refusal | None:
@@ -149,17 +149,20 @@ class LimitBook:
 
     def take_tokens(self, account: Account, num_tokens: int) -> None:
         """Tokens that were generated. Overdraws where there are not enough."""
-        scopes = (self._scopes[scope_id] for scope_id in scope_ids(account) if scope_id in self._scopes)
+        scopes = (self._scopes[scope_id] for scope_id in account.scope_ids if scope_id in self._scopes)
         _take_tokens(scopes, num_tokens, self._clock())
 
-    def note_elsewhere(self, scope_id: str, num_requests: int, num_tokens: int, num_running: int) -> None:
-        """What other fronts took since they last told, and how many requests they work on now."""
+    def note_elsewhere(
+        self, scope_id: str, limits: Limits, num_requests: int, num_tokens: int, num_running: int
+    ) -> None:
+        """What other fronts took since they last told, and how many requests they work on now. limits: of the scope."""
         scope = self._scopes.get(scope_id)
         if scope is None:
             if num_requests == num_tokens == num_running == 0:
                 return
             scope = self._scopes[scope_id] = _Scope()
         now_s = self._clock()
+        scope.set_limits(limits, now_s)
         scope.num_elsewhere = num_running
         if num_requests or num_tokens or num_running:
             scope.used_at_s = now_s
@@ -178,7 +181,7 @@ class LimitBook:
     def describe(self, account: Account) -> tuple[LimitState | None, LimitState | None]:
         """Requests and tokens per minute: of key or team, whichever has less left. None: no limit."""
         now_s = self._clock()
-        scopes = [self._scopes[scope_id] for scope_id in scope_ids(account) if scope_id in self._scopes]
+        scopes = [self._scopes[scope_id] for scope_id in account.scope_ids if scope_id in self._scopes]
         requests = [scope.requests.state(now_s) for scope in scopes if scope.requests is not None]
         tokens = [scope.tokens.state(now_s) for scope in scopes if scope.tokens is not None]
         least = min(requests, key=_remaining_share, default=None), min(tokens, key=_remaining_share, default=None)
@@ -188,9 +191,8 @@ class LimitBook:
         """Those of key and team, with the limits that hold now. The team's is the last."""
         if now_s - self._swept_at_s > FORGET_AFTER_S:
             self._sweep(now_s)
-        limits = [account.team_limits] if account.key_id == "" else [account.key_limits, account.team_limits]
         scopes: list[tuple[str, _Scope]] = []
-        for scope_id, each in zip(scope_ids(account), limits, strict=True):
+        for scope_id, each in zip(account.scope_ids, account.scope_limits, strict=True):
             scope = self._scopes.setdefault(scope_id, _Scope())
             scope.used_at_s = now_s
             scope.set_limits(each, now_s)
@@ -203,12 +205,6 @@ class LimitBook:
             is_owed = scope.tokens is not None and scope.tokens.level(now_s) < scope.tokens.per_minute
             if scope.num_running == 0 and now_s - scope.used_at_s > FORGET_AFTER_S and not is_owed:
                 del self._scopes[scope_id]
-
-
-def scope_ids(account: Account) -> tuple[str, ...]:
-    """Under which names the use of an account is counted; the team's is the last."""
-    team = f"team:{account.team}"
-    return (team,) if account.key_id == "" else (f"key:{account.key_id}", team)
 
 
 def _take_tokens(scopes: Iterable[_Scope], num_tokens: int, now_s: float) -> None:

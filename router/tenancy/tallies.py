@@ -24,6 +24,8 @@ SILENT_AFTER_S = 5.0
 FORGET_AFTER_S = 60.0
 # Of one exchange; a cluster has some routers and fronts, and its key file some teams.
 MAX_TALLIES = 256
+# A source that has told so often at most began within the last minute.
+YOUNG_NUMBER = int(60 / EXCHANGE_INTERVAL_S)
 MAX_ACCOUNTS = 4096
 
 Key = tuple[int, str]
@@ -82,9 +84,10 @@ class TallyBook:
                 continue
             if (heard is None and len(self._heard) >= MAX_TALLIES) or not _is_sound(tally):
                 continue
-            # The first one of a source is where counting begins: what was before is nobody's advantage now.
-            if heard is not None and tally.kind == self._kind:
-                self._note_growth(heard.tally, tally)
+            # Of a source that has been there for long the first one heard is where counting begins: what was given
+            # before this process knew of it is nobody's advantage now.
+            if tally.kind == self._kind and (heard is not None or tally.number <= YOUNG_NUMBER):
+                self._note_growth(router_pb2.Tally() if heard is None else heard.tally, tally)
             self._heard[tally.source] = _Heard(tally, now_s)
 
     def take_changes(self) -> Iterator[Change]:

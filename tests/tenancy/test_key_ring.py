@@ -29,6 +29,7 @@ def test_a_key_leads_to_its_team_and_its_share() -> None:
     assert found is not None and (found.team, found.key_id, found.weight) == ("red", red.entry.id, 3.0)
     assert other is not None and (other.team, other.weight, other.models) == ("blue", 1.0, ("m",))
     assert found.cache_salt != other.cache_salt != ""
+    assert ring.find_limits("team:red") == found.team_limits and ring.find_limits("team:nobody") is None
 
 
 @pytest.mark.parametrize("text", [b"", b"sk-shoal-", b"sk-shoal-" + b"A" * 43, b"\xff\x00", b"x" * 10_000_000], ids=len)

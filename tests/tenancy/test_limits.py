@@ -110,14 +110,16 @@ def test_one_team_never_takes_all_places_of_a_front(book: LimitBook) -> None:
 
 
 def test_what_other_fronts_take_counts(book: LimitBook) -> None:
-    limited = account(key_limits=Limits(parallel=3, requests_per_minute=10, tokens_per_minute=1000))
+    limits = Limits(parallel=3, requests_per_minute=10, tokens_per_minute=1000)
+    limited = account(key_limits=limits)
+    # Heard of before this front has seen the key itself.
+    book.note_elsewhere("key:k1", limits, num_requests=5, num_tokens=400, num_running=2)
     book.admit(limited)
-    book.note_elsewhere("key:k1", num_requests=5, num_tokens=400, num_running=2)
     requests, tokens = book.describe(limited)
     assert requests is not None and requests.remaining == 4
     assert tokens is not None and tokens.remaining == 600
     assert book.admit(limited) is not None
-    book.note_elsewhere("key:k1", num_requests=0, num_tokens=0, num_running=1)
+    book.note_elsewhere("key:k1", limits, num_requests=0, num_tokens=0, num_running=1)
     assert book.admit(limited) is None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.tenancy.tallies import FORGET_AFTER_S, SILENT_AFTER_S, TallyBook
+from router.tenancy.tallies import FORGET_AFTER_S, SILENT_AFTER_S, YOUNG_NUMBER, TallyBook
 from router.v1 import router_pb2
 
 ROUTER, FRONT = router_pb2.TALLY_KIND_ROUTER, router_pb2.TALLY_KIND_FRONT
@@ -38,11 +38,18 @@ def take(book: TallyBook) -> dict[str, tuple[float, bool]]:
 
 def test_growth_counts_once_whoever_brings_it_and_how_often(book: TallyBook) -> None:
     book.merge([tally(1, 100.0)])
-    assert take(book) == {"red": (0.0, False)}  # what was given before this process knew is nobody's advantage now
+    assert take(book) == {"red": (100.0, False)}
     for number, service in ((3, 130.0), (2, 110.0), (3, 130.0), (4, 150.0), (3, 130.0)):
         book.merge([tally(number, service)])
     assert take(book) == {"red": (50.0, False)}
     assert take(book) == {"red": (0.0, False)}
+
+
+def test_what_an_old_source_gave_before_it_was_heard_of_does_not_count(book: TallyBook) -> None:
+    book.merge([tally(YOUNG_NUMBER + 1, 1e6)])
+    assert take(book) == {"red": (0.0, False)}
+    book.merge([tally(YOUNG_NUMBER + 2, 1e6 + 3)])
+    assert take(book) == {"red": (3.0, False)}
 
 
 def test_sources_add_up_and_the_own_tally_coming_back_does_not_count(book: TallyBook) -> None:
@@ -61,7 +68,7 @@ def test_who_falls_silent_waits_nowhere_any_more_and_is_forgotten_later(book: Ta
     assert take(book) == {"red": (0.0, False)}
     assert take(book) == {} and book.list_known() == []
     clock.now_s += FORGET_AFTER_S
-    book.merge([tally(2, 500.0)])
+    book.merge([tally(YOUNG_NUMBER + 9, 500.0)])
     assert take(book) == {"red": (0.0, False)}
 
 
