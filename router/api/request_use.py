@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -107,7 +107,7 @@ class RequestUse:
                 raise RateLimited(refusal.reason, retry_after_s=refusal.retry_after_s)
             for plan in plans:
                 self._sign(plan.request)
-            yield Meter(self.account, self._limits, entry, {plan.index for plan in plans if plan.shares_prompt})
+            yield Meter(self._limits.bind_take(self.account), entry, plans)
             outcome = Outcome.FINISHED
         except (GeneratorExit, asyncio.CancelledError):
             outcome = Outcome.CUT_OFF
@@ -141,34 +141,35 @@ class RequestUse:
 class Meter:
     """Counts what the sequences of one request get."""
 
-    def __init__(
-        self, account: Account, limits: LimitBook, entry: JournalEntry | None, sharing_indices: Set[int]
-    ) -> None:
-        """entry: None: nothing is recorded. sharing_indices: of sequences whose prompt is counted with another's."""
-        self._account = account
-        self._limits = limits
+    def __init__(self, take_tokens: Callable[[int], None], entry: JournalEntry | None, plans: Iterable[Plan]) -> None:
+        """take_tokens: from the account's limits. entry: None: nothing is recorded."""
+        self._take_tokens = take_tokens
         self._entry = entry
-        self._sharing_indices = sharing_indices
         self._num_tokens = 0
-        self._costs: dict[int, tuple[int, int]] = {}
-        self._cached_tokens: dict[int, int] = {}
+        # Of each sequence so far; what a cache had counts for one of those that share a prompt.
+        self._counted = {plan.index: (0, 0, 0) for plan in plans}
+        self._sharing_indices = {plan.index for plan in plans if plan.shares_prompt}
+        self._cached_tokens = self._router_us = self._expert_us = 0
 
     def count(self, piece: Piece) -> None:
         """A piece that the client is about to be sent."""
         num_tokens = len(piece.tokens)
         if num_tokens:
-            self._limits.take_tokens(self._account, num_tokens)
+            self._take_tokens(num_tokens)
         if self._entry is None:
             return
+        cached = 0 if piece.index in self._sharing_indices else piece.cached_tokens
+        last_cached, last_router_us, last_expert_us = self._counted[piece.index]
+        self._counted[piece.index] = (cached, piece.router_us, piece.expert_us)
         self._num_tokens += num_tokens
-        self._costs[piece.index] = (piece.router_us, piece.expert_us)
-        if piece.index not in self._sharing_indices:
-            self._cached_tokens[piece.index] = piece.cached_tokens
+        self._cached_tokens += cached - last_cached
+        self._router_us += piece.router_us - last_router_us
+        self._expert_us += piece.expert_us - last_expert_us
         self._entry.set_counters(
-            tokens_cached=sum(self._cached_tokens.values()),
+            tokens_cached=self._cached_tokens,
             tokens_out=self._num_tokens,
-            router_us=sum(router_us for router_us, _ in self._costs.values()),
-            expert_us=sum(expert_us for _, expert_us in self._costs.values()),
+            router_us=self._router_us,
+            expert_us=self._expert_us,
         )
 
 

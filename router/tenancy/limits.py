@@ -147,10 +147,11 @@ class LimitBook:
         _take_tokens((scope for _, scope in scopes), num_tokens, now_s)
         return None
 
-    def take_tokens(self, account: Account, num_tokens: int) -> None:
-        """Tokens that were generated. Overdraws where there are not enough."""
-        scopes = (self._scopes[scope_id] for scope_id in account.scope_ids if scope_id in self._scopes)
-        _take_tokens(scopes, num_tokens, self._clock())
+    def bind_take(self, account: Account) -> Callable[[int], None]:
+        """What takes tokens that were generated, as long as a request of the account runs. Overdraws where there are
+        not enough."""
+        scopes, clock = [self._scopes[scope_id] for scope_id in account.scope_ids], self._clock
+        return lambda num_tokens: _take_tokens(scopes, num_tokens, clock())
 
     def note_elsewhere(
         self, scope_id: str, limits: Limits, num_requests: int, num_tokens: int, num_running: int

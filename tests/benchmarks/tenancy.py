@@ -117,7 +117,7 @@ class Bench:
 
     def _measure_overhead(self, figures: list[Figure]) -> float:
         """Per cent of the throughput."""
-        streams = [Stream("red", 16, 128 if self._is_full else 16)] * BATCH
+        streams = [Stream("red", 16, 64 if self._is_full else 16)] * BATCH
         with ExitStack() as stack:
             routers = stack.enter_context(self._routers([()]))
             fronts = {

@@ -68,7 +68,7 @@ def test_answers_may_overdraw_and_the_next_request_waits_for_it(book: LimitBook,
     limited = account(key_limits=Limits(tokens_per_minute=600))
     assert book.admit(limited) is None
     assert book.admit_tokens(limited, 500) is None
-    book.take_tokens(limited, 300)
+    book.bind_take(limited)(300)
     book.release(limited)
     refusal = book.admit(limited)
     assert refusal is not None and refusal.retry_after_s == pytest.approx(20.1)
@@ -79,7 +79,7 @@ def test_answers_may_overdraw_and_the_next_request_waits_for_it(book: LimitBook,
 def test_a_prompt_above_the_limit_gets_in_once_all_of_it_is_there(book: LimitBook, clock: Clock) -> None:
     limited = account(key_limits=Limits(tokens_per_minute=100))
     assert book.admit(limited) is None
-    book.take_tokens(limited, 1)
+    book.bind_take(limited)(1)
     refusal = book.admit_tokens(limited, 250)
     assert refusal is not None and refusal.retry_after_s == pytest.approx(0.6)
     clock.now_s += 1.0
@@ -136,7 +136,7 @@ def test_another_limit_in_the_key_file_holds_at_once(book: LimitBook) -> None:
 def test_idle_keys_are_forgotten_and_running_or_overdrawn_ones_are_not(book: LimitBook, clock: Clock) -> None:
     overdrawn = account("k2", key_limits=Limits(tokens_per_minute=10))
     book.admit(overdrawn)
-    book.take_tokens(overdrawn, 1000)
+    book.bind_take(overdrawn)(1000)
     book.release(overdrawn)
     book.admit(account("k3"))
     for number in range(1000):
