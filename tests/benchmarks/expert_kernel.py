@@ -1,10 +1,11 @@
 """The CPU expert kernel against the machine: bytes of weights per second, arithmetic per second, and torch.
 
-    python tests/benchmarks/expert_kernel.py [--json] [--full] [--threads 2] [--family amx] [--small-pages]
+    python tests/benchmarks/expert_kernel.py [--json] [--full] [--threads 2] [--family amx] [--small-pages] [--runs 9]
 
 One layer's experts, FP8 with scales of 128x128 blocks, every expert with the same number of rows, then with 0 to 64
 at random. Limits measured in the same run, in turn with the kernel: reading the same memory forward
-(memory_bandwidth.py) and a large bf16 product of torch (oneDNN). The rival is torch._grouped_mm on the same weights
+(memory_bandwidth.py) and a large bf16 product of torch (oneDNN); a large fp32 product besides, because oneDNN emulates
+bf16 on CPUs that do not have it, several times slower. The rival is torch._grouped_mm on the same weights
 expanded to bf16, SwiGLU included, rows already sorted, nothing weighted or added. Medians of several rounds after two
 to warm up. The default is a tiny size, whose figures mean nothing; --full is a layer of 32 experts of DeepSeek-V3
 (7168 x 2048), which takes 5 GB of memory and some minutes.
@@ -79,8 +80,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="the kernel's threads; one thread is measured besides")
     parser.add_argument("--family", choices=FAMILIES, help="instruction family (default: the best of this CPU)")
     parser.add_argument("--small-pages", action="store_true", help="weights in 4 KB pages, for comparison")
+    parser.add_argument("--runs", type=int, help="measured runs of each (default: 3, with --full 9)")
     arguments = parser.parse_args()
     sizes = Sizes(32, 7168, 2048, 4096, 9) if arguments.full else Sizes(4, 512, 256, 256, 3)
+    sizes = sizes._replace(num_runs=arguments.runs or sizes.num_runs)
     kernel = load_cpu_kernel(torch.bfloat16, family=arguments.family)
     if kernel is None:
         sys.exit("error: no C++ compiler and no prebuilt library: there is no kernel to measure")
@@ -129,7 +132,8 @@ def measure_kernel(
     uneven = draw_uneven(sizes.num_experts)
     runs: dict[str, Callable[[], float]] = {
         "read": lambda: read_once(arena.allocated, threads),
-        "gemm": make_gemm(sizes.gemm),
+        "gemm": make_gemm(sizes.gemm, torch.bfloat16),
+        "gemm fp32": make_gemm(sizes.gemm, torch.float32),
         "uneven": time_kernel(kernel, layer, make_rows(sizes, uneven)),
     }
     for count in sorted({*ROWS_PER_EXPERT, *uneven} - {0}):
@@ -143,6 +147,7 @@ def measure_kernel(
     limits += [
         Figure("memory read", read_rate, "GB/s", {"threads": threads}),
         Figure("large bf16 product", gemm_rate, "TFLOP/s", {"threads": threads}),
+        Figure("large fp32 product", 2 * sizes.gemm**3 / seconds["gemm fp32"] / 1e12, "TFLOP/s", {"threads": threads}),
     ]
     unit = "1 thread" if threads == 1 else f"{threads} threads"
     for count in ROWS_PER_EXPERT:
@@ -204,9 +209,9 @@ def time_kernel(kernel: CpuKernel, layer: PackedLayer, rows: Rows) -> Callable[[
     return lambda: _time(lambda: kernel.expert_ffn(*rows, layer, exact=False))
 
 
-def make_gemm(size: int) -> Callable[[], float]:
-    """A square product in bf16, as large as pays: oneDNN's rate."""
-    a, b = (torch.randn(size, size).to(torch.bfloat16) for _ in range(2))
+def make_gemm(size: int, dtype: torch.dtype) -> Callable[[], float]:
+    """A square product, as large as pays: oneDNN's rate."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     return lambda: _time(lambda: torch.nn.functional.linear(a, b))
 
 
