@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +58,8 @@ NUM_GROUPS = 4
 # Issue 4, "What it must show".
 DECODE_BARS = {1: 3.0, 8: 3.3, 32: 4.2}
 PREFILL_BAR = 2.5
+# DESIGN.md, "Determinism": it is the default if it costs at most so much of the throughput.
+DETERMINISM_BAR = 0.1
 SHARED_PREFIX_BAR = 0.25
 MEMORY_OVERHEAD_GB = 2.5
 CALL_TIMEOUT_S = 300.0
@@ -81,13 +83,15 @@ class Plan:
 
 
 class Decoding(NamedTuple):
-    """One steady decode. Milliseconds of CPU per step: of the router, of all expert groups, of the client (this)."""
+    """One steady decode. Milliseconds of CPU per step: of the router, of all expert groups, of the client (this).
+    parts_ms: where a step's time went (router/step_times.py), prefill included; None: of somebody who does not say."""
 
     tokens_per_s: float
     step_ms: float
     router_ms: float
     experts_ms: float
     client_ms: float
+    parts_ms: dict[str, float] | None = None
 
 
 @dataclass
@@ -199,7 +203,10 @@ def measure(checkpoint: Path, plan: Plan, arguments: argparse.Namespace, log_fol
         sizes={**vars(plan), "groups": NUM_GROUPS, "model": checkpoint.name, "full": arguments.full},
         limit=[figure for figure in figures if figure.name.startswith("transformers")],
         figures=figures,
-        bars=list_bars(plan, arguments.full, ours, theirs, memory.peak_bytes, weight_gb),
+        bars=[
+            *list_bars(plan, arguments.full, ours, theirs, memory.peak_bytes, weight_gb),
+            *list_costs(arguments.full, ours, exact),
+        ],
         as_line=arguments.json,
         notes=["ours is asked through the router's gRPC Generate, one call per sequence, all from one client process"],
     )
@@ -259,8 +266,10 @@ async def decode(
                         cpu_s.extend(map(sum_cpu_s, processes))
                 arrived.extend([now_s] * len(response.tokens))
 
+        before = await stub.Status(router_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S)
         await asyncio.gather(*(generate(index) for index in range(len(prompts))))
         cpu_s.extend(map(sum_cpu_s, processes))
+        after = await stub.Status(router_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S)
     start_s = max(arrived[0] for arrived in arrivals_s)
     end_s = min(arrived[-1] for arrived in arrivals_s)
     num_in_window = sum(start_s < at_s <= end_s for arrived in arrivals_s for at_s in arrived)
@@ -268,7 +277,19 @@ async def decode(
     num_steps = max(1.0, num_in_window / len(prompts))
     spent_ms = [(after - before) * 1e3 / num_steps for before, after in zip(cpu_s[:3], cpu_s[3:], strict=True)]
     window_s = end_s - start_s
-    return Decoding(num_in_window / window_s, window_s * 1e3 / num_steps, *spent_ms)
+    return Decoding(num_in_window / window_s, window_s * 1e3 / num_steps, *spent_ms, parts_ms=divide(before, after))
+
+
+def divide(before: router_pb2.StatusResponse, after: router_pb2.StatusResponse) -> dict[str, float]:
+    """Milliseconds of each part of the steps between two reports, per step."""
+    num_steps = max(1, after.num_steps - before.num_steps)
+    names = [name.removesuffix("_ns") for name in router_pb2.StepTimes.DESCRIPTOR.fields_by_name]
+    return {
+        name: round(
+            (getattr(after.step_times, f"{name}_ns") - getattr(before.step_times, f"{name}_ns")) / num_steps / 1e6, 3
+        )
+        for name in names
+    }
 
 
 def sum_cpu_s(processes: Sequence[psutil.Process]) -> float:
@@ -354,6 +375,8 @@ def describe(samples: Samples, who: str) -> list[Figure]:
                 "expert_groups": round(middle.experts_ms, 2),
                 "client": round(middle.client_ms, 2),
             }
+        if middle.parts_ms is not None:
+            details["parts_ms_per_step"] = middle.parts_ms
         figures.append(summarize(f"{who}: decode", [one.tokens_per_s for one in rounds], "tokens/s", **details))
     for name, taken_s in (
         ("prefill to the first token", samples.prefill_s),
@@ -385,6 +408,18 @@ def list_bars(plan: Plan, full: bool, ours: Samples, theirs: Samples, peak_bytes
     name = f"first token of a {plan.prefix_length}-token prefix seen before, against the first time"
     bars.append(Bar(name, SHARED_PREFIX_BAR, ratio, "x", "low", note))
     return bars
+
+
+def list_costs(full: bool, ours: Samples, exact: Samples) -> Iterator[Bar]:
+    """Of determinism: the share of the fast way's throughput that is lost; below 0, it was faster."""
+    note = "" if full and exact.decoding else "measured only with --full, and with the deterministic router"
+    for batch in DECODE_BARS:
+        cost = None
+        if not note and batch in exact.decoding:
+            cost = 1 - median_rate(exact, batch) / median_rate(ours, batch)
+        yield Bar(f"cost of --deterministic, decode at batch {batch}", DETERMINISM_BAR, cost, "share", "low", note)
+    cost = None if note else 1 - statistics.median(ours.prefill_s) / statistics.median(exact.prefill_s)
+    yield Bar("cost of --deterministic, prefill", DETERMINISM_BAR, cost, "share", "low", note)
 
 
 def count_cache_bytes(plan: Plan) -> int:

@@ -20,11 +20,11 @@ from router.latent_cache import LatentCache
 from router.overlap_policy import MicroBatchSetting, OverlapPolicy
 from router.sampler import SamplingParams
 from router.scheduler import SchedulerLimits
-from router.sequence import SequenceOutput
+from router.sequence import GenerationRequest, SequenceOutput
 from router.trunk import Trunk
 from router.weights import load_trunk_weights
 from tests.random_checkpoint import write_random_checkpoint
-from tests.router.in_process import build_table, collect, load_groups, request, start_replica, token_ids
+from tests.router.in_process import GREEDY, build_table, collect, load_groups, request, start_replica, token_ids
 from tests.router.scripted_drafter import ScriptedDrafter
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +36,7 @@ PROMPTS = [[0, 5, 9, 200], [0, 17], [0, *range(30, 130)], [0, 250, 251, 252, 253
 WIDE = SchedulerLimits(max_num_seqs=16, max_batched_tokens=512, num_blocks=128, max_waiting=32)
 LARGE = SchedulerLimits(max_num_seqs=32, max_batched_tokens=512, num_blocks=128, max_waiting=32)
 SCARCE = SchedulerLimits(max_num_seqs=16, max_batched_tokens=40, num_blocks=6, max_waiting=32)
+SEEDED = SamplingParams(temperature=0.8, top_k=0, top_p=0.95, min_p=0.0, seed=7)
 NARROW = SchedulerLimits(max_num_seqs=4, max_batched_tokens=7, num_blocks=128, max_waiting=32)
 
 
@@ -79,15 +80,22 @@ async def running(
             server.stop(grace_s=0)
 
 
+def build_requests(max_tokens: int = 12) -> list[GenerationRequest]:
+    """Greedy ones and seeded ones in turn."""
+    return [
+        request(prompt, max_tokens, logprobs=2, prompt_logprobs=1, sampling=SEEDED if number % 2 else GREEDY)
+        for number, prompt in enumerate(PROMPTS)
+    ]
+
+
 async def alone(engine: Engine, max_tokens: int = 12) -> list[SequenceOutput]:
-    asked = [request(prompt, max_tokens, logprobs=2, prompt_logprobs=1) for prompt in PROMPTS]
-    return [await collect(engine.submit(each)) for each in asked]
+    return [await collect(engine.submit(each)) for each in build_requests(max_tokens)]
 
 
 async def test_batch_mates_change_nothing(checkpoint: Path) -> None:
     async with running(checkpoint, WIDE) as engine:
         expected = await alone(engine)
-        sequences = [engine.submit(request(prompt, 12, logprobs=2, prompt_logprobs=1)) for prompt in PROMPTS]
+        sequences = [engine.submit(each) for each in build_requests()]
         assert [await collect(sequence) for sequence in sequences] == expected
 
 
@@ -95,7 +103,7 @@ async def test_chunks_of_the_prompt_change_nothing(checkpoint: Path) -> None:
     async with running(checkpoint, WIDE) as engine:
         expected = await alone(engine)
     async with running(checkpoint, NARROW) as engine:
-        sequences = [engine.submit(request(prompt, 12, logprobs=2, prompt_logprobs=1)) for prompt in PROMPTS]
+        sequences = [engine.submit(each) for each in build_requests()]
         assert [await collect(sequence) for sequence in sequences] == expected
 
 
@@ -106,7 +114,7 @@ async def test_micro_batches_change_nothing(checkpoint: Path, count: int) -> Non
         expected = await alone(engine)
     async with running(checkpoint, WIDE, micro_batches=count) as engine:
         assert await alone(engine) == expected
-        sequences = [engine.submit(request(prompt, 12, logprobs=2, prompt_logprobs=1)) for prompt in PROMPTS]
+        sequences = [engine.submit(each) for each in build_requests()]
         assert [await collect(sequence) for sequence in sequences] == expected
 
 
@@ -127,19 +135,25 @@ async def test_prefill_judges_tokens_as_decode_did(checkpoint: Path) -> None:
 
 
 async def test_a_batch_of_32_changes_nothing(checkpoint: Path) -> None:
-    asked = [request([0, number, *range(10, 10 + number)], 10, logprobs=1) for number in range(5, 37)]
+    asked = [
+        request([0, number, *range(10, 10 + number)], 10, logprobs=1, sampling=SEEDED if number % 2 else GREEDY)
+        for number in range(5, 37)
+    ]
     async with running(checkpoint, LARGE) as engine:
         expected = [await collect(engine.submit(each)) for each in asked]
         sequences = [engine.submit(each) for each in asked]
         assert [await collect(sequence) for sequence in sequences] == expected
 
 
-async def test_a_cached_prefix_changes_nothing(checkpoint: Path) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+async def test_a_cached_prefix_changes_nothing(checkpoint: Path, sampling: SamplingParams) -> None:
     first, second = [0, *range(30, 130)], [0, *range(30, 110), *range(200, 220)]
     async with running(checkpoint, WIDE) as engine:
-        alone = await collect(engine.submit(request(second, 12, logprobs=2, cache_salt="nobody else's")))
+        alone = await collect(
+            engine.submit(request(second, 12, logprobs=2, sampling=sampling, cache_salt="nobody else's"))
+        )
         await collect(engine.submit(request(first, 12)))
-        reusing = engine.submit(request(second, 12, logprobs=2))
+        reusing = engine.submit(request(second, 12, logprobs=2, sampling=sampling))
         assert (await collect(reusing)).tokens == alone.tokens
         assert reusing.num_cached_tokens == 64
 
@@ -148,7 +162,7 @@ async def test_preemption_changes_nothing(checkpoint: Path) -> None:
     async with running(checkpoint, WIDE) as engine:
         expected = await alone(engine, max_tokens=40)
     async with running(checkpoint, SCARCE) as engine:
-        sequences = [engine.submit(request(prompt, 40, logprobs=2, prompt_logprobs=1)) for prompt in PROMPTS]
+        sequences = [engine.submit(each) for each in build_requests(max_tokens=40)]
         assert [await collect(sequence) for sequence in sequences] == expected
         assert engine.progress().num_preemptions > 0
         engine.check_integrity()
