@@ -8,13 +8,14 @@ it works just as well while both are failing.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Iterable
 
 import psutil
 
-# As Ray names the processes of actors.
-_ACTORS = ("ray::ExpertReplica", "ray::Router")
+# As Ray names the processes of actors: `ray::ExpertReplica`, and `ray::g1-0:ExpertReplica.drain` within a method.
+_ACTOR_TITLE = re.compile(r"ray::(\S+:)?(ExpertReplica|Router)\b")
 _INTERVAL_S = 0.5
 
 
@@ -47,6 +48,6 @@ def find_actors(processes: Iterable[psutil.Process]) -> list[str]:
             title = " ".join(process.cmdline()[:1])
         except psutil.Error:
             continue
-        if title.startswith(_ACTORS):
+        if _ACTOR_TITLE.match(title):
             titles.append(title)
     return sorted(titles)
