@@ -304,7 +304,7 @@ def _check_secrets(facts: KubernetesFacts, values: ChartValues) -> Iterator[Find
     needed: Sequence[tuple[str, frozenset[str], str]] = (
         (values.tls.existingSecret if values.tls.mode == "secret" else "", _TLS_KEYS, "tls.existingSecret"),
         (values.tls.apiSecret, frozenset({"tls.crt", "tls.key"}), "tls.apiSecret"),
-        (values.apiKeys.existingSecret, frozenset({"keys.yaml"}), "apiKeys.existingSecret"),
+        (values.apiKeys.existingSecret, frozenset({"keys.json"}), "apiKeys.existingSecret"),
     )
     for name, keys, where in needed:
         if not name:

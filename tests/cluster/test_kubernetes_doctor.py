@@ -88,7 +88,7 @@ def test_what_is_missing_is_a_failure_with_a_remedy(changes: dict[str, Any], che
 def test_what_may_not_be_read_is_said_and_fails_nothing(name: str) -> None:
     values = {"cache": {"existingClaim": "models"}, "apiKeys": {"existingSecret": "keys"}}
     facts = replace(
-        GOOD, claims={"models": "Bound"}, secrets={"keys": frozenset({"keys.yaml"})}, unread={name: "403 Forbidden"}
+        GOOD, claims={"models": "Bound"}, secrets={"keys": frozenset({"keys.json"})}, unread={name: "403 Forbidden"}
     )
     found = judge(replace(facts, **{name: None}), values if name in ("claims", "secrets") else {})
     warned = [finding for finding in found.values() if "403 Forbidden" in finding.message]

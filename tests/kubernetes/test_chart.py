@@ -12,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from cluster.settings import ServeSettings
 from tests.kubernetes.chart import CHART, EXAMPLES, HelmFailed, Rendered, render, run_helm
 
 # Kinds of the Kubernetes API itself; the others are CRDs.
@@ -252,6 +253,16 @@ def test_another_source_is_another_job() -> None:
     assert len(names) == 2
 
 
+def test_the_controller_takes_the_settings_file(example: Rendered) -> None:
+    """It finds the checkpoint and the certificates only in its pod; everything else is checked as it will be there."""
+    settings = ServeSettings(**example.settings)
+    assert settings.groups == sum(group["groupName"].startswith("g") for group in worker_groups(example))
+    assert settings.resolved_kubernetes_lease == "test-shoal-controller"
+    assert settings.drain_timeout_s < min(
+        spec["terminationGracePeriodSeconds"] for name, spec in pod_specs(example) if name.startswith("g")
+    )
+
+
 def test_what_rolls_expert_pods_changes_their_revision() -> None:
     def revision(values: dict[str, Any]) -> str:
         group = next(group for group in worker_groups(render(values)) if group["groupName"] == "g0")
@@ -282,7 +293,7 @@ def test_threads_are_the_cores_that_pods_ask_for(cpu: str | float, threads: int)
 
 def test_the_api_is_closed_with_keys_and_open_without() -> None:
     closed = render({"apiKeys": {"existingSecret": "keys"}})
-    assert closed.settings["keys_file"] == "/etc/shoal/keys/keys.yaml"
+    assert closed.settings["keys_file"] == "/etc/shoal/keys/keys.json"
     assert "auth" not in closed.settings
     for name, spec in pod_specs(closed):
         mounted = {mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}

@@ -57,7 +57,7 @@
 {{- $_ := set $settings "tls_key" "/etc/shoal/api-tls/tls.key" -}}
 {{- end -}}
 {{- if .Values.apiKeys.existingSecret -}}
-{{- $_ := set $settings "keys_file" "/etc/shoal/keys/keys.yaml" -}}
+{{- $_ := set $settings "keys_file" "/etc/shoal/keys/keys.json" -}}
 {{- else -}}
 {{- $_ := set $settings "auth" false -}}
 {{- end -}}
