@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-_CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "shoal"
+from tests.kubernetes.chart import CHART, run_helm
+
 _NAME = "shoal-controller"
 
 
@@ -24,10 +22,5 @@ def render_account(namespace: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def _render(namespace: str) -> str:
-    helm = Path(sys.executable).with_name("helm")
-    command = [str(helm), "template", "shoal", str(_CHART), "--namespace", namespace]
-    result = subprocess.run(
-        [*command, "--show-only", "templates/access.yaml"], capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    where = ("template", "shoal", str(CHART), "--namespace", namespace, "--kube-version", "1.30.0")
+    return run_helm(*where, "--show-only", "templates/access.yaml")
