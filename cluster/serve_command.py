@@ -40,6 +40,7 @@ from experts.errors import ExpertsError
 from experts.model_config import ModelConfig
 from experts.stop_signal import StopSignal
 from router.api.settings import ApiSettings
+from router.tenancy.errors import LedgerError
 from router.tenancy.key_file import load_key_file
 from router.tenancy.open_access import check_open_access
 
@@ -127,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
             remove_state(get_state_dir(), state)
         stopping_s = time.monotonic()
         forced = backend.stop()
+        _collect_usage(api_settings)
         logger.info("stopped duration_s=%.1f forced_processes=%d", time.monotonic() - stopping_s, len(forced))
         admin.close()
     return exit_code
@@ -330,6 +332,18 @@ def _drain(settings: ServeSettings, admin: AdminClient) -> None:
         logger.warning(
             "requests cut off after drain_timeout_s=%g num_running=%d", settings.drain_timeout_s, num_running
         )
+
+
+def _collect_usage(api_settings: ApiSettings) -> None:
+    """What the front noted last: its writer may have ended with it."""
+    if api_settings.usage_journal is None or api_settings.ledger_url is None:
+        return
+    from router.tenancy.ledger_writer import collect_once
+
+    try:
+        collect_once(api_settings.usage_journal, api_settings.ledger_url)
+    except (LedgerError, OSError) as error:
+        logger.warning("the last usage stays in the journal until the next start: %s", error)
 
 
 def write_state_or_warn(state: ClusterState) -> None:

@@ -23,6 +23,15 @@ _LAST_RETRY_S = 30.0
 _COMPACT_INTERVAL_S = 3600.0
 
 
+def collect_once(journal: Path, url: str) -> int:
+    """Take what there is into the ledger. Returns how many records were read. Raises LedgerError, OSError."""
+    ledger = Ledger(url)
+    try:
+        return JournalReader(journal, ledger.add).collect()
+    finally:
+        ledger.close()
+
+
 class LedgerWriter:
     """Used by one thread."""
 

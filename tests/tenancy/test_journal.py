@@ -16,6 +16,8 @@ from router.tenancy import journal as journal_module
 from router.tenancy.errors import JournalFull, LedgerError
 from router.tenancy.journal import JournalEntry, UsageJournal
 from router.tenancy.journal_reader import JournalReader
+from router.tenancy.ledger import Ledger
+from router.tenancy.ledger_writer import collect_once
 from router.tenancy.usage import Outcome, UsageRecord
 
 REPOSITORY = Path(__file__).parents[2]
@@ -218,3 +220,14 @@ def test_lines_and_slots_that_are_damaged_are_left_out_and_the_rest_counts(
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     with pytest.raises(LedgerError, match="cannot write the usage journal in /proc/nowhere"):
         UsageJournal(Path("/proc/nowhere"), 1)
+
+
+def test_what_is_left_is_collected_at_once_when_a_cluster_stops(folder: Path, tmp_path: Path) -> None:
+    journal, url = UsageJournal(folder, 2), f"sqlite:///{tmp_path / 'ledger.db'}"
+    begin(journal).end(Outcome.FINISHED)
+    begin(journal)  # and one that was running
+    journal.close()
+    assert collect_once(folder, url) == 2 and list_files(folder) == []
+    ledger = Ledger(url)
+    assert ledger.summarise([])[0].num_requests == 2
+    ledger.close()
