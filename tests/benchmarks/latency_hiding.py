@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, nargs="+", help="other checkpoints")
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--batch", type=int, help="requests at once; default: 4, with --full 32")
-    parser.add_argument("--tokens", type=int, help="of each request; default: 8, with --full 64")
+    parser.add_argument("--tokens", type=int, help="of each request; default: 32, with --full 64")
     parser.add_argument("--repeats", type=int, help="of each turn; default: 1, with --full 3")
     parser.add_argument("--round-trips-ms", type=float, nargs="+", default=[0.0, DELAYED_MS])
     parser.add_argument("--micro-batches", nargs="+", default=["off", "2", "auto"], metavar="auto|off|N")
@@ -226,7 +226,7 @@ def batch_of(arguments: argparse.Namespace) -> int:
 
 
 def tokens_of(arguments: argparse.Namespace) -> int:
-    return arguments.tokens or (64 if arguments.full else 8)
+    return arguments.tokens or (64 if arguments.full else 32)
 
 
 if __name__ == "__main__":
