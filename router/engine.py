@@ -21,6 +21,7 @@ from torch import Tensor
 from experts.model_config import ModelConfig
 from router.drafter import Drafter, DraftInput, count_accepted
 from router.errors import BadRequest, ExpertsUnavailable, NotReady, RouterError
+from router.grammar import GrammarState
 from router.loop_turns import give_turns
 from router.micro_batches import MicroBatchRunner
 from router.overlap_policy import OverlapPolicy
@@ -136,8 +137,8 @@ class Engine:
         """Raises RuntimeError where sequences and cache blocks disagree."""
         self._scheduler.check_integrity()
 
-    def submit(self, request: GenerationRequest) -> Sequence:
-        """Queue a request; its outputs arrive in the returned sequence's queue.
+    def submit(self, request: GenerationRequest, grammar: GrammarState | None = None) -> Sequence:
+        """Queue a request; its outputs arrive in the returned sequence's queue. grammar: what its answer must match.
 
         Raises BadRequest, QueueFull, NotReady while draining, or ExpertsUnavailable during an outage.
         """
@@ -146,7 +147,7 @@ class Engine:
         self._validate(request)
         if (outage := self.find_outage()) is not None:
             raise ExpertsUnavailable(outage)
-        sequence = Sequence(request=request, token_ids=list(request.prompt_token_ids))
+        sequence = Sequence(request=request, token_ids=list(request.prompt_token_ids), grammar=grammar)
         self._scheduler.add(sequence)
         self._num_submitted += 1
         self._wake.set()
@@ -293,6 +294,9 @@ class Engine:
             if sequence.num_uncomputed > 0:
                 return True
             self._finish(sequence, SequenceOutput(finish_reason=FinishReason.LENGTH))
+            return False
+        if sequence.grammar is not None and sequence.grammar.error is not None:
+            self._finish(sequence, sequence.grammar.error)
             return False
         self._num_turns += 1
         output: SequenceOutput | None = None

@@ -2,6 +2,7 @@
 
 RouterError
 ├── BadRequest            the client's fault: repeating it does not help      -> INVALID_ARGUMENT
+│   └── GrammarFailed     what its answer must match cannot be compiled, or not be followed any further
 ├── QueueFull             more requests wait than allowed                     -> RESOURCE_EXHAUSTED
 ├── NotReady              loading or draining; another router may serve it    -> UNAVAILABLE
 ├── ExpertsUnavailable    no replica of a group came back in time             -> FAILED_PRECONDITION
@@ -25,6 +26,10 @@ class RouterError(Exception):
 
 class BadRequest(RouterError):
     """A request that can never succeed as it stands."""
+
+
+class GrammarFailed(BadRequest):
+    """Says why, without repeating the grammar."""
 
 
 class QueueFull(RouterError):

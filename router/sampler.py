@@ -18,6 +18,7 @@ from torch import Tensor
 from experts.kernels.cpu_ffn import load_library
 from router.penalties import BiasedRow, LogitBias, PenalisedRow, Penalties, add_biases_, penalise_
 from router.token_counts import TokenCounts
+from router.token_masks import BoundRow, forbid_others_
 
 # As many tokens as top-k and top-p leave in nearly every row: sorting all of 4096 took half of a small model's step.
 FEW_TOKENS = 256
@@ -42,6 +43,7 @@ class SampleRow(NamedTuple):
     """One row to sample. position: of the token to be sampled. banned_ids: may not be sampled now.
 
     counts: of the sequence's tokens, where it has penalties. drafts: tokens of its context that are not counted yet.
+    allowed: one bit per token, as grammar.TokenMatcher.find_allowed has them: no other may be sampled; None: any.
     """
 
     params: SamplingParams
@@ -49,6 +51,7 @@ class SampleRow(NamedTuple):
     banned_ids: tuple[int, ...]
     counts: TokenCounts | None = None
     drafts: tuple[int, ...] = ()
+    allowed: bytes | None = None
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -77,7 +80,7 @@ def _choose_best(logits: Tensor) -> Tensor:
 
 
 def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Bias, penalties and bans; the logits themselves where no row has any."""
+    """Bias, penalties, bans and grammars; the logits themselves where no row has any."""
     biased = [BiasedRow(i, row.params.logit_bias) for i, row in enumerate(rows) if row.params.logit_bias is not None]
     penalised = [
         PenalisedRow(i, row.params.penalties, row.counts, row.drafts)
@@ -85,7 +88,8 @@ def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         if row.params.penalties is not None and row.counts is not None
     ]
     banned = [(i, token_id) for i, row in enumerate(rows) for token_id in row.banned_ids]
-    if not (biased or penalised or banned):
+    bound = [BoundRow(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
+    if not (biased or penalised or banned or bound):
         return logits
     logits = logits.clone()
     if biased:
@@ -94,6 +98,8 @@ def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         penalise_(logits, penalised)
     if banned:
         logits[tuple(torch.tensor(banned).T)] = float("-inf")
+    if bound:
+        forbid_others_(logits, bound)
     return logits
 
 

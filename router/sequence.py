@@ -7,6 +7,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from router.grammar import GrammarState
 from router.token_counts import TokenCounts
 
 if TYPE_CHECKING:  # the scheduler needs no torch
@@ -75,7 +76,8 @@ class Sequence:
     num_cached_tokens: of the prompt, found in the cache when it was first admitted; None: not yet.
     num_prompt_tokens_sent: prompt tokens handed out with their logprobs; a sequence that is computed anew sends none
     twice. draft_token_ids: guesses of the tokens behind the known ones, to be verified in the next step.
-    counts: of its tokens, where it has penalties. outputs ends with one that has a finish_reason, or with an error.
+    counts: of its tokens, where it has penalties. grammar: what its answer must match. outputs ends with one that has a
+    finish_reason, or with an error.
     """
 
     request: GenerationRequest
@@ -92,6 +94,7 @@ class Sequence:
     num_prompt_tokens_sent: int = 0
     draft_token_ids: list[int] = field(default_factory=list[int])
     cancelled: bool = False
+    grammar: GrammarState | None = None
     counts: TokenCounts | None = field(init=False, default=None)
     outputs: asyncio.Queue[SequenceOutput | Exception] = field(
         default_factory=asyncio.Queue[SequenceOutput | Exception]
@@ -107,6 +110,8 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
+        if self.grammar is not None:
+            self.grammar.advance(token_id)
 
     @property
     def num_prompt_tokens(self) -> int:

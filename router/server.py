@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import grpc.aio
@@ -38,8 +39,10 @@ from router.engine import Engine
 from router.errors import NotReady
 from router.expert_pool import ExpertPool, Numerics, PoolOptions
 from router.fair_queue import DEFAULT_AGEING_S, FairQueue
+from router.grammar import GrammarCompiler
 from router.heartbeat import DEFAULT_HEARTBEATS, HeartbeatOptions
 from router.latent_cache import LatentCache, cache_bytes_per_token
+from router.llguidance_grammars import LlguidanceCompiler
 from router.mtp import MtpModule
 from router.mtp_drafter import MtpDrafter
 from router.overlap_policy import MicroBatchSetting, OverlapPolicy
@@ -145,6 +148,7 @@ class RouterServer:
         self._speculative_tokens = _resolve_speculative_tokens(config, self._model)
         self._engine: Engine | None = None
         self._engine_made_at = 0.0
+        self._grammars: GrammarCompiler | None = None
         self._drain_requested = False
         self._pool: ExpertPool | None = None
         self._fair_queue = None
@@ -175,6 +179,11 @@ class RouterServer:
     @property
     def tallies(self) -> ServiceTallies:
         return self._tallies
+
+    @property
+    def grammars(self) -> GrammarCompiler | None:
+        """None while the weights load, and without a tokenizer."""
+        return self._grammars
 
     @property
     def load_progress(self) -> float:
@@ -259,6 +268,12 @@ class RouterServer:
                 device=self._device,
                 with_mtp=self._speculative_tokens > 0,
                 on_layer=self._set_load_progress,
+            )
+            self._grammars = await asyncio.to_thread(
+                LlguidanceCompiler.from_checkpoint,
+                Path(config.checkpoint),
+                self._model.vocab_size,
+                self._model.eos_token_ids,
             )
             if self._device.type == "cuda":
                 # Kernels are launched on the current device of this thread, which runs the engine.

@@ -18,6 +18,7 @@ from router.engine import Engine
 from router.errors import BadRequest, ExpertsUnavailable, NotReady, QueueFull, StaleTable
 from router.expert_pool import ExpertPool
 from router.expert_table import table_from_proto
+from router.grammar import Grammar, GrammarCompiler, GrammarState
 from router.penalties import LogitBias, Penalties
 from router.sampler import SamplingParams
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
@@ -56,6 +57,8 @@ class RouterState(Protocol):
     def tallies(self) -> ServiceTallies: ...
     @property
     def load_progress(self) -> float: ...
+    @property
+    def grammars(self) -> GrammarCompiler | None: ...
     def start_drain(self) -> None: ...
 
 
@@ -72,7 +75,8 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         if engine is None:
             await _abort(context, NotReady("the router is loading its weights"))
         try:
-            sequence = engine.submit(_read_request(request))
+            read = _read_request(request)
+            sequence = engine.submit(read, await _compile_grammar(self._state.grammars, read, request))
         except Exception as error:
             await _abort(context, error)
         finished = False
@@ -237,6 +241,27 @@ def _read_weight(weight: float) -> float:
     if not 1e-6 <= weight <= 1e6:
         raise BadRequest("fairness_weight must be between 1e-06 and 1e+06")
     return weight
+
+
+async def _compile_grammar(
+    compiler: GrammarCompiler | None, request: GenerationRequest, message: pb.GenerateRequest
+) -> GrammarState | None:
+    """Where the answer starts; behind the tokens that another router has generated. Raises BadRequest."""
+    if not message.HasField("grammar"):
+        return None
+    kind = message.grammar.WhichOneof("kind")
+    if kind is None:
+        raise BadRequest("a grammar needs a kind")
+    if request.ignore_eos:
+        raise BadRequest("an answer that must match a grammar ends where that is complete: not with ignore_eos")
+    if compiler is None:
+        raise BadRequest("without tokenizer.json beside the weights no grammar can be followed")
+    start_after = frozenset(message.grammar.start_after)
+    grammar = Grammar(kind, getattr(message.grammar, kind), message.grammar.lenient, start_after)
+    # The library lets this thread's loop run meanwhile.
+    matcher = await asyncio.to_thread(compiler.compile, grammar)
+    num_before = len(request.prompt_token_ids) - request.num_answer_tokens
+    return GrammarState(matcher, start_after, request.prompt_token_ids[num_before:])
 
 
 def _write_output(output: SequenceOutput, sequence: Sequence) -> pb.GenerateResponse:

@@ -21,6 +21,7 @@ from experts.errors import ExpertsError
 from experts.model_config import load_json_object
 from router.api.errors import TokenizerError
 from router.api.markers import MarkerGuard, MarkerSet
+from router.vocabulary import Vocabulary, is_marker
 
 
 class TextTokenizer:
@@ -38,12 +39,13 @@ class TextTokenizer:
         self.pad_token = _token_text(self.config.get("pad_token"))
 
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._marker_ids = {token.content: token_id for token_id, token in added.items() if _is_marker(token)}
+        self.vocabulary = Vocabulary.of(self._tokenizer)
+        self._special_ids = self.vocabulary.special_ids
+        self._marker_ids = self.vocabulary.marker_ids
         self._lstrip_markers = {token.content for token in added.values() if token.lstrip}
         self._rstrip_markers = {token.content for token in added.values() if token.rstrip}
         self._markers = MarkerSet(self._marker_ids)
-        self._token_bytes = _all_token_bytes(self._tokenizer)
+        self._token_bytes = self.vocabulary.token_bytes
         self._prefix_ids, self._suffix_ids = self._find_affixes()
 
     def encode_raw(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -155,24 +157,14 @@ def _build(definition: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _is_marker(token: Any) -> bool:
-    """Whether an added token marks something, as against being a word of the language: a run of spaces, a letter
-    (some published vocabularies add those), which plain text may use."""
-    return bool(token.content) and (token.special or (len(token.content) > 1 and not token.content.isspace()))
-
-
-class _AddedToken:
-    """An entry of tokenizer.json's added_tokens, shaped like the library's AddedToken."""
-
-    def __init__(self, entry: dict[str, Any]) -> None:
-        self.content = str(entry.get("content", ""))
-        self.special = bool(entry.get("special", False))
-
-
 def _without_markers(definition: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer not knowing any marker, so that their texts are encoded like all others."""
     added = definition.get("added_tokens") or []
-    markers = {entry["content"] for entry in added if _is_marker(_AddedToken(entry))}
+    markers = {
+        entry["content"]
+        for entry in added
+        if is_marker(str(entry.get("content", "")), bool(entry.get("special", False)))
+    }
     model = dict(definition["model"])
     vocab = model.get("vocab")
     if isinstance(vocab, dict):
@@ -197,33 +189,3 @@ def _token_text(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
-
-
-def _all_token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """Bytes by token id; empty for ids between tokens."""
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocab.values(), default=-1) + 1)
-    for token, token_id in vocab.items():
-        table[token_id] = _bytes_of(token)
-    return table
-
-
-def _bytes_of(token: str) -> bytes:
-    """As the ByteLevel decoder: a token with a character outside the byte alphabet (added tokens) is plain text."""
-    try:
-        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
-    except KeyError:
-        return token.encode("utf-8")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins for the 256 bytes that byte-level vocabularies are written in (GPT-2's table):
-    printable Latin-1 characters stand for themselves, the others for code points from 256 up, in order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return alphabet
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from experts.checkpoint import Checkpoint
 from experts.kernels.cpu_ffn import load_cpu_kernel
@@ -18,8 +21,10 @@ from router.decoder_layer import PendingExperts
 from router.draft_policy import Acceptance, DraftPolicy
 from router.drafter import DraftInput
 from router.engine import Engine
-from router.errors import ExpertsUnavailable
+from router.errors import ExpertsUnavailable, GrammarFailed
+from router.grammar import Grammar, GrammarState
 from router.latent_cache import LatentCache
+from router.llguidance_grammars import LlguidanceCompiler
 from router.mtp import MtpModule
 from router.mtp_drafter import MAX_KEPT_ROWS, MtpDrafter
 from router.penalties import LogitBias, Penalties
@@ -358,3 +363,75 @@ async def test_drafts_do_not_depend_on_how_the_modules_rows_came_about(checkpoin
     compared = [length for length in expected if expected[length] and found.get(length)]
     assert len(compared) > 10
     assert [found[length] for length in compared] == [expected[length] for length in compared]
+
+
+SHAPES = [
+    Grammar("json_schema", '{"type":"object","properties":{"a":{"type":"string","maxLength":12}},"required":["a"]}'),
+    Grammar("regex", "[a-z]{5,30}"),
+    Grammar("regex", "(ab|cd){4,9}", start_after=frozenset(range(100, 320))),
+]
+
+
+def bind(folder: Path, asked: Sequence[GenerationRequest]) -> list[GrammarState]:
+    """A state for each request, behind its answer tokens."""
+    model = Checkpoint(folder).config
+    compiler = LlguidanceCompiler.from_checkpoint(folder, model.vocab_size, model.eos_token_ids)
+    assert compiler is not None
+    return [
+        GrammarState(
+            compiler.compile(shape), shape.start_after, each.prompt_token_ids[len(each.prompt_token_ids) - n :]
+        )
+        for each, shape in zip(asked, SHAPES, strict=False)
+        for n in (each.num_answer_tokens,)
+    ]
+
+
+async def run_bound(engine: Engine, folder: Path, asked: Sequence[GenerationRequest]) -> list[SequenceOutput]:
+    """Each of the first requests with a grammar, the others free."""
+    states: list[GrammarState | None] = [*bind(folder, asked), *[None] * len(asked)]
+    sequences = [engine.submit(each, state) for each, state in zip(asked, states, strict=False)]
+    return [await collect(sequence) for sequence in sequences]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+async def test_grammars_hold_whatever_is_drafted_and_wherever_the_answer_goes_on(checkpoint: Path, depth: int) -> None:
+    asked = [replace(each, ignore_eos=False) for each in build_requests(replace(WARM, temperature=1.0), 40)]
+    asked[0] = replace(asked[0], max_tokens=200)  # an untrained model likes white space
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    async with serving(checkpoint, None) as (engine, _):
+        whole = await run_bound(engine, checkpoint, asked)
+        texts = [tokenizer.decode(token_ids(output)) for output in whole]
+        assert len(json.loads(texts[0])["a"]) <= 12
+        assert re.fullmatch("[a-z]{5,30}", texts[1])
+        assert [output.finish_reason for output in whole[:2]] == [FinishReason.STOP] * 2
+    async with serving(checkpoint, FixedDepth(depth), answers=answers_of(whole)) as (engine, _):
+        assert_same(await run_bound(engine, checkpoint, asked), whole)
+    for num_sent in (1, 4):
+        remaining = [
+            continue_behind(each, token_ids(output)[:num_sent]) for each, output in zip(asked, whole, strict=True)
+        ]
+        async with serving(checkpoint, FixedDepth(depth)) as (engine, _):
+            rest = await run_bound(engine, checkpoint, remaining)
+        assert_same(rest, [replace(output, tokens=output.tokens[num_sent:]) for output in whole])
+
+
+async def test_drafts_keep_to_the_grammar(checkpoint: Path) -> None:
+    """An untrained module would hardly ever guess one of the few letters that may come."""
+    asked = [replace(build_requests(max_tokens=40)[1], ignore_eos=False)] * 2
+    async with serving(checkpoint, FixedDepth(2)) as (engine, _):
+        await run_bound(engine, checkpoint, asked[:2])
+        assert sum(engine.progress().num_accepted) > 0
+
+
+async def test_a_grammar_that_fails_ends_its_own_sequence_only(checkpoint: Path) -> None:
+    asked = [replace(each, ignore_eos=False) for each in build_requests()[:2]]
+    async with serving(checkpoint, FixedDepth(1)) as (engine, _):
+        state = bind(checkpoint, asked)[0]
+        failing = engine.submit(asked[0], state)
+        state.error = GrammarFailed("it is too complex")
+        other = engine.submit(asked[1])
+        with pytest.raises(GrammarFailed):
+            await collect(failing)
+        assert token_ids(await collect(other))
+        engine.check_integrity()
+        assert engine.progress().num_blocks_held == 0
