@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 BESIDE_TESTS := tests/ray tests/scenarios tests/reference tests/cluster
 BESIDE_LOG := $(VENV)/tests-beside.log
 
-.PHONY: setup serve test chaos check format proto bench image clean
+.PHONY: setup serve test chaos check format proto bench fuzz compat image clean
 
 # Everything the project needs, in .venv; repeated only when what decides it changes.
 setup: $(VENV)/.installed
@@ -65,6 +65,15 @@ IMAGE ?= shoal:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $
 image:
 	$(CONTAINER_ENGINE) build --file deploy/Dockerfile --tag $(IMAGE) --build-arg VARIANT=$(VARIANT) \
 	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
+
+# 20,000 broken requests against the demo on real processes; a failure names the seed that repeats it.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz
+
+# Real clients against the demo; writes the table of docs/compatibility.md.
+compat: setup
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[test,compat]'
+	$(BIN)/python -m tests.compat
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from cluster.batch_options import add_options as add_batch_options
 from cluster.bench_options import add_options as add_bench_options
 from cluster.errors import ClusterError, SettingsError
 from cluster.keys_options import add_options as add_keys_options
@@ -73,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench_options(bench)
     add_keys_options(commands.add_parser("keys", help="make, list, rotate and revoke the API keys of teams"))
     add_usage_options(commands.add_parser("usage", help="what teams, keys and models used, and what it cost"))
+    batch = commands.add_parser("batch", help="many requests from a file, behind everybody else's; can be resumed")
+    _add_url(batch)
+    _add_json(batch)
+    add_batch_options(batch)
     doctor = commands.add_parser("doctor", help="what is missing or misconfigured on this machine, and how to mend it")
     doctor.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="default: the demo checkpoint")
     doctor.add_argument("--groups", type=int, default=4, metavar="N", help="expert groups (default: 4)")
@@ -138,6 +143,8 @@ def _run(options: argparse.Namespace) -> int:
             from cluster.keys_command import run
         case "usage":
             from cluster.usage_command import run
+        case "batch":
+            from cluster.batch_command import run
         case "doctor":
             from cluster.doctor_command import run
         case _:

@@ -223,8 +223,9 @@ def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: M
 def build_api_settings(settings: ServeSettings, folder: Path, model_name: str) -> ApiSettings:
     return ApiSettings(
         checkpoint=folder,
-        served_model_names=(model_name,),
         keys_file=None if settings.keys_file is None else settings.keys_file.absolute(),
+        served_model_names=(model_name, *settings.split_aliases()),
+        strict_fields=settings.strict_fields,
         max_model_len=settings.max_model_len,
         usage_journal=None if settings.ledger_url is None else get_state_dir() / "journal",
         ledger_url=settings.ledger_url,

@@ -174,6 +174,8 @@ class ServeSettings(BaseModel):
     model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="name of the model in the API; None: the name of the checkpoint's folder"
     )
+    model_aliases: str = Field("", description="further names of the model in the API, with commas between them")
+    strict_fields: bool = Field(False, description="refuse request fields that have no meaning here; else ignored")
     autoscale: dict[str, AutoscaleSettings] = Field(
         default_factory=dict,
         description='replicas by load, e.g. {"g*": {min: 1, max: 4}}, the first pattern that matches; empty: fixed',
@@ -257,6 +259,9 @@ class ServeSettings(BaseModel):
         if self.ledger == "off":
             return None
         return self.ledger or f"sqlite:///{get_state_dir() / 'ledger.db'}"
+
+    def split_aliases(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.model_aliases.split(",") if name.strip())
 
     def describe(self) -> str:
         """The effective settings as one line; secrets masked."""

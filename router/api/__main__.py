@@ -39,6 +39,7 @@ def main() -> int:
         ledger_url=arguments.ledger,
         max_model_len=arguments.max_model_len,
         router_wait_s=arguments.router_wait_s,
+        strict_fields=arguments.strict_fields,
         router_dead_s=arguments.router_dead_s,
         cluster_tls_dir=arguments.tls_dir,
     )
@@ -101,6 +102,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tls-dir", metavar="DIR", help="certificates to call routers with: tls.crt, tls.key, ca.crt")
     parser.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
     parser.add_argument("--tls-key", metavar="FILE", help="and its key")
+    parser.add_argument("--strict-fields", action="store_true", help="refuse unknown request fields")
     return parser.parse_args()
 
 

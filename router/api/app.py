@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from router.api import chat, completions, health, models, tokenize
+from router.api import chat, completions, health, messages, models, openapi, responses, tokenize, unsupported
 from router.api.admission import Accounts, Admission
 from router.api.context import ApiContext
 from router.api.edge import Edge
@@ -35,8 +35,9 @@ def create_app(settings: ApiSettings, router_endpoints: RouterEndpoints) -> Fast
     # The interactive documentation would load scripts from elsewhere.
     app = FastAPI(lifespan=run, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.context = context
+    app.state.openapi_document = openapi.build_document(find_version())
     install_error_handlers(app)
-    for module in (completions, chat, models, tokenize, health):
+    for module in (completions, chat, messages, responses, models, tokenize, openapi, health, unsupported):
         app.include_router(module.routes)
 
     @app.get("/version")

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from router.api.chat_types import ChatRequest, Message
+from router.api.answer_parser import CallArguments, CallStart, Content, Event, Reasoning
+from router.api.chat_job import ChatAnswer, ChatJob, ChatUsage, collect_chat, prepare_chat, run_chat
+from router.api.chat_types import ChatRequest
 from router.api.connection import encode_json, open_stream, until_gone
 from router.api.context import ApiContext, get_context
-from router.api.errors import BadRequest, NotSupported
-from router.api.fields import parse_request
-from router.api.generation import FinishReason, SequencePlan, generate
-from router.api.logprobs import TokenEntry, chat_logprobs
-from router.api.usage import make_usage, sum_cached_tokens
-from router.v1 import router_pb2
+from router.api.generation import FinishReason
+from router.api.logprobs import chat_logprobs
+from router.api.usage import make_usage
 
 routes = APIRouter()
 
@@ -28,137 +25,98 @@ routes = APIRouter()
 @routes.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     context = get_context(request)
-    body = parse_request(ChatRequest, await context.read_json(request))
-    model = context.resolve_model(body.model)
-    job = await until_gone(request, _prepare(context, body, model, request.state.request_id))
+    body = await context.parse(ChatRequest, request)
+    job = await until_gone(request, prepare_chat(context, body, request.state.request_id))
     if body.stream:
         return await open_stream(request, _stream(context, job), context.settings)
     return await until_gone(request, _collect(context, job))
 
 
-async def encode_chat(
-    context: ApiContext, messages: Sequence[Message], *, add_generation_prompt: bool, switches: dict[str, bool]
-) -> list[int]:
-    """Token ids of a chat, by the checkpoint's template. Raises BadRequest."""
-    template = context.chat_template
-    if template is None:
-        raise NotSupported("This model has no chat template; use /v1/completions.")
-    if len(messages) > context.settings.max_messages:
-        raise BadRequest(f"messages: at most {context.settings.max_messages} are accepted.", param="messages")
-    return await context.run_in_thread(
-        lambda: template.encode(messages, add_generation_prompt=add_generation_prompt, switches=switches)
-    )
+def _make_envelope(job: ChatJob, object_name: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": object_name,
+        "created": job.created,
+        "model": job.model,
+    }
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    id: str
-    created: int
-    model: str
-    body: ChatRequest
-    plans: list[SequencePlan]
-    num_prompt_tokens: int
-
-    def envelope(self, object_name: str) -> dict[str, Any]:
-        return {"id": self.id, "object": object_name, "created": self.created, "model": self.model}
+def _make_usage(job: ChatJob, usage: ChatUsage) -> dict[str, Any]:
+    return make_usage(job.num_prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens)
 
 
-async def _prepare(context: ApiContext, body: ChatRequest, model: str, request_id: str) -> _Job:
-    if body.num_choices > context.settings.max_sequences:
-        raise BadRequest(f"n: must not be more than {context.settings.max_sequences}.", param="n")
-    context.check_token_ids(body.stop_token_ids, "stop_token_ids")
-    context.check_token_ids(tuple(body.logit_bias), "logit_bias")
-    token_ids = await encode_chat(
-        context,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        switches=body.chat_template_kwargs,
-    )
-    context.check_token_ids(token_ids, "messages")
-    if not token_ids:
-        raise BadRequest("messages: the model's chat template makes no prompt of them.", param="messages")
-    max_tokens = context.limit_tokens(len(token_ids), body.token_limit, None, "messages")
-    seed = body.draw_seed()
-    plans = [
-        SequencePlan(
-            index=index,
-            request=router_pb2.GenerateRequest(
-                request_id=f"{request_id}-{index}",
-                prompt_token_ids=token_ids,
-                sampling=body.sampling_params(seed + index, context.sampling_defaults),
-                max_tokens=max_tokens,
-                stop_token_ids=body.stop_token_ids,
-                ignore_eos=bool(body.ignore_eos),
-                min_tokens=min(body.min_tokens or 0, max_tokens),
-                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            ),
-            stops=body.stop,
-            include_stop=bool(body.include_stop_str_in_output),
-            skip_special_tokens=body.skip_special_tokens is not False,
-            echo=None,
-            shares_prompt=index > 0,
-        )
-        for index in range(body.num_choices)
-    ]
-    return _Job(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, body, plans, len(token_ids))
-
-
-async def _collect(context: ApiContext, job: _Job) -> Response:
-    texts = ["" for _ in job.plans]
-    tokens: list[list[TokenEntry]] = [[] for _ in job.plans]
-    finish_reasons: list[FinishReason | None] = [None for _ in job.plans]
-    cached_tokens: dict[int, int] = {}
-    async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
-        async for delta in deltas:
-            texts[delta.index] += delta.text
-            tokens[delta.index].extend(delta.tokens)
-            finish_reasons[delta.index] = delta.finish_reason
-            cached_tokens[delta.index] = delta.cached_tokens
-    num_tokens = sum(map(len, tokens))
+async def _collect(context: ApiContext, job: ChatJob) -> Response:
+    answers, usage = await collect_chat(context, job)
 
     def build() -> dict[str, Any]:
         return {
-            **job.envelope("chat.completion"),
+            **_make_envelope(job, "chat.completion"),
             "choices": [
                 {
-                    "index": plan.index,
-                    "message": {"role": "assistant", "content": texts[plan.index]},
-                    "logprobs": chat_logprobs(tokens[plan.index], context.tokenizer) if job.body.logprobs else None,
-                    "finish_reason": finish_reasons[plan.index],
+                    "index": index,
+                    "message": _format_message(answer),
+                    "logprobs": chat_logprobs(answer.tokens, context.tokenizer) if job.body.logprobs else None,
+                    "finish_reason": answer.finish_reason,
                 }
-                for plan in job.plans
+                for index, answer in enumerate(answers)
             ],
-            "usage": make_usage(job.num_prompt_tokens, num_tokens, sum_cached_tokens(cached_tokens, len(job.plans))),
+            "usage": _make_usage(job, usage),
         }
 
-    content = await context.build_json(build, num_tokens=num_tokens if job.body.logprobs else 0)
-    return Response(content, media_type="application/json")
+    num_logprobs = usage.completion_tokens if job.body.logprobs else 0
+    return Response(await context.build_json(build, num_tokens=num_logprobs), media_type="application/json")
 
 
-async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]:
-    envelope = job.envelope("chat.completion.chunk")
-    num_tokens = 0
-    cached_tokens: dict[int, int] = {}
+def _format_message(answer: ChatAnswer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["content"] = answer.content or None
+        message["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.calls
+        ]
+    return message
+
+
+async def _stream(context: ApiContext, job: ChatJob) -> AsyncGenerator[bytes, None]:
+    envelope = _make_envelope(job, "chat.completion.chunk")
+    usage = ChatUsage(context, job)
     started: set[int] = set()
 
     def encode(choice: dict[str, Any]) -> bytes:
         return encode_json({**envelope, "choices": [choice]})
 
-    async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
+    async with aclosing(run_chat(context, job)) as deltas:
         async for delta in deltas:
-            num_tokens += len(delta.tokens)
-            cached_tokens[delta.index] = delta.cached_tokens
+            usage.add(delta)
             if delta.index not in started:
                 started.add(delta.index)
                 yield encode(_format_delta(delta.index, {"role": "assistant", "content": ""}))
             logprobs = chat_logprobs(delta.tokens, context.tokenizer) if job.body.logprobs and delta.tokens else None
-            if delta.text or logprobs is not None:
-                yield encode(_format_delta(delta.index, {"content": delta.text}, logprobs))
+            pieces = [_format_event(event) for event in delta.events]
+            if logprobs is not None and not pieces:
+                pieces.append({"content": ""})
+            for position, piece in enumerate(pieces):
+                yield encode(_format_delta(delta.index, piece, logprobs if position == 0 else None))
             if delta.finish_reason is not None:
                 yield encode(_format_delta(delta.index, {}, finish_reason=delta.finish_reason))
     if job.body.include_usage:
-        usage = make_usage(job.num_prompt_tokens, num_tokens, sum_cached_tokens(cached_tokens, len(job.plans)))
-        yield encode_json({**envelope, "choices": [], "usage": usage})
+        yield encode_json({**envelope, "choices": [], "usage": _make_usage(job, usage)})
+
+
+def _format_event(event: Event) -> dict[str, Any]:
+    match event:
+        case Content(text):
+            return {"content": text}
+        case Reasoning(text):
+            return {"reasoning_content": text}
+        case CallStart(index, call_id, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
 def _format_delta(

@@ -15,12 +15,15 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from router.api.chat_types import Message
 from router.api.errors import BadRequest, TokenizerError
+from router.api.form_types import Tool
 from router.api.markers import MarkerGuard
 from router.api.tokenizer import TextTokenizer
+from router.api.tool_formats import describe_tools, find_format, texts_of_tool
 
 # Most characters a rendered chat may have: what escaping can make of the messages, and roles and markers around them.
 _MAX_ESCAPED_LENGTH = 6
@@ -40,8 +43,12 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         # A template that does not know the role would drop its messages in silence.
         self._knows_developer = "developer" in source
+        self._knows_calls = "tool_calls" in source
+        self.tool_format = find_format(source, tokenizer.vocabulary.marker_ids)
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            self._knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise TokenizerError(f"chat template: does not compile: {error}") from error
 
@@ -65,15 +72,24 @@ class ChatTemplate:
         return self._source
 
     def encode(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, switches: Mapping[str, bool]
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        switches: Mapping[str, bool],
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Render and tokenise a chat. Takes time: call it outside the event loop.
 
-        switches: further variables of the template. Raises BadRequest where the template refuses the messages.
+        switches: further variables of the template. tools: that the model may call; a template that says nothing of
+        them has them described in the system message. Raises BadRequest where the template refuses the messages.
         """
         typed = [text for message in messages for text in _texts_of(message)]
+        typed += [text for tool in tools for text in texts_of_tool(tool)]
         guard = self._tokenizer.guard([*typed, self._source])
         variables = [self._template_message(message, guard) for message in messages]
+        if tools and not self._knows_tools:
+            _add_to_system(variables, describe_tools(tools, self.tool_format, guard.protect))
         max_characters = (
             len(self._source)
             + _MAX_ESCAPED_LENGTH * sum(map(len, typed))
@@ -86,7 +102,7 @@ class ChatTemplate:
             bos_token=self._tokenizer.bos_token or "",
             eos_token=self._tokenizer.eos_token or "",
             pad_token=self._tokenizer.pad_token or "",
-            tools=None,
+            tools=[_template_tool(tool, guard) for tool in tools] if tools and self._knows_tools else None,
             **switches,
         )
         return self._tokenizer.encode_guarded(rendered, guard)
@@ -113,11 +129,16 @@ class ChatTemplate:
         variables: dict[str, Any] = {"role": role, "content": None}
         if message.content is not None:
             variables["content"] = guard.protect(message.content, allowed=allowed)
-        for name in ("name", "tool_call_id", "reasoning_content"):
+        for name in ("name", "tool_call_id"):
             value = getattr(message, name)
             if value is not None:
                 variables[name] = guard.protect(value)
-        if message.tool_calls:
+        reasoning = message.reasoning_content or message.reasoning
+        if reasoning is not None:
+            variables["reasoning_content"] = guard.protect(reasoning)
+        if not self._knows_calls:
+            self._write_as_text(variables, message, guard)
+        elif message.tool_calls:
             variables["tool_calls"] = [
                 {
                     "type": call.type,
@@ -131,16 +152,57 @@ class ChatTemplate:
             ]
         return variables
 
+    def _write_as_text(self, variables: dict[str, Any], message: Message, guard: MarkerGuard) -> None:
+        """Calls and their results for a template that would leave them out."""
+        if message.role == "tool":
+            variables["role"] = "user"
+            variables["content"] = f"<tool_response>\n{variables['content']}\n</tool_response>"
+        elif message.tool_calls:
+            calls = [
+                self.tool_format.write_call(guard.protect(call.function.name), guard.protect(call.function.arguments))
+                for call in message.tool_calls
+            ]
+            variables["content"] = (variables["content"] or "") + self.tool_format.write_calls(calls)
+
 
 class _RefusedByTemplate(jinja2.TemplateError):
     """The template called raise_exception; its message is the checkpoint's own text."""
 
 
 def _texts_of(message: Message) -> list[str]:
-    texts = [message.content, message.name, message.tool_call_id, message.reasoning_content]
+    texts = [message.content, message.name, message.tool_call_id, message.reasoning_content, message.reasoning]
     for call in message.tool_calls or ():
         texts += [call.id, call.function.name, call.function.arguments]
     return [text for text in texts if text is not None]
+
+
+def _add_to_system(messages: list[dict[str, Any]], text: str) -> None:
+    """Behind what the system message says, or as one."""
+    if messages and messages[0]["role"] == "system":
+        messages[0]["content"] = f"{messages[0]['content']}\n\n{text}"
+    else:
+        messages.insert(0, {"role": "system", "content": text})
+
+
+def _template_tool(tool: Tool, guard: MarkerGuard) -> dict[str, Any]:
+    function = tool.function
+    return {
+        "type": "function",
+        "function": {
+            "name": guard.protect(function.name),
+            "description": guard.protect(function.description or ""),
+            "parameters": _protect_all(function.parameters or {}, guard),
+        },
+    }
+
+
+def _protect_all(value: Any, guard: MarkerGuard) -> Any:
+    """The same with every text protected; as deep as form_types allows."""
+    if isinstance(value, str):
+        return guard.protect(value)
+    if isinstance(value, dict):
+        return {guard.protect(key): _protect_all(inner, guard) for key, inner in value.items()}
+    return [_protect_all(inner, guard) for inner in value] if isinstance(value, list) else value
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

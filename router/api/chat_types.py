@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, field_validator, model_validator
 
 from router.api.fields import MAX_LOGPROBS, MAX_TOKEN_COUNT, ShortText, StrictModel, Text, UnsupportedField, check_text
+from router.api.form_types import NamedTool, ResponseFormat, StructuredOutputs, Tool, ToolChoice, check_tool_choice
 from router.api.sampling_types import SamplingFields
 
 _MAX_PARTS = 1024
 _MAX_TOOL_CALLS = 128
+MAX_TOOLS = 128
 # What a client may pass on to the template: switches that published templates know, nothing open-ended.
 _TEMPLATE_SWITCHES = ("thinking", "enable_thinking")
 
@@ -49,6 +51,7 @@ def _check_part(part: Any) -> str:
 class FunctionCall(StrictModel):
     name: ShortText
     arguments: Text
+    """JSON text, as the model wrote it."""
 
 
 class ToolCall(StrictModel):
@@ -64,6 +67,8 @@ class Message(StrictModel):
     tool_call_id: ShortText | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=_MAX_TOOL_CALLS)] | None = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    """The newer name of reasoning_content with some servers."""
 
     @model_validator(mode="after")
     def _check_content_present(self) -> Message:
@@ -84,6 +89,9 @@ def _check_template_switches(value: Any) -> dict[str, bool]:
     return value
 
 
+TemplateSwitches = Annotated[dict[str, bool], BeforeValidator(_check_template_switches)]
+
+
 class ChatRequest(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKEN_COUNT)] | None = None
@@ -92,13 +100,16 @@ class ChatRequest(SamplingFields):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: StrictBool | None = None
-    chat_template_kwargs: Annotated[dict[str, bool], BeforeValidator(_check_template_switches)] = Field(
-        default_factory=dict
-    )
+    chat_template_kwargs: TemplateSwitches = Field(default_factory=dict)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[ToolChoice | None, PlainValidator(check_tool_choice)] = None
+    """None: auto."""
+    parallel_tool_calls: StrictBool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """none and minimal turn a switchable model's reasoning off, the others on."""
     chat_template: Any = None
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -110,23 +121,17 @@ class ChatRequest(SamplingFields):
         if value is not None:
             raise UnsupportedField("templates in a request are not accepted; the model's own is used")
 
-    @field_validator("response_format", mode="before")
+    @field_validator("functions", "function_call", mode="before")
     @classmethod
-    def _refuse_format(cls, value: Any) -> None:
-        if value is not None and value != {"type": "text"}:
-            raise UnsupportedField('only {"type": "text"} is supported; other formats are not supported yet')
+    def _refuse_functions(cls, value: Any) -> None:
+        if value not in (None, "none", "auto", []):
+            raise UnsupportedField("replaced by tools and tool_choice")
 
-    @field_validator("tools", "functions", "audio", mode="before")
+    @field_validator("audio", mode="before")
     @classmethod
-    def _refuse_tools(cls, value: Any) -> None:
-        if value is not None and value != []:
-            raise UnsupportedField("not supported yet")
-
-    @field_validator("tool_choice", "function_call", mode="before")
-    @classmethod
-    def _refuse_tool_choice(cls, value: Any) -> None:
-        if value not in (None, "none", "auto"):
-            raise UnsupportedField("not supported yet")
+    def _refuse_audio(cls, value: Any) -> None:
+        if value is not None:
+            raise UnsupportedField("only text is supported")
 
     @field_validator("modalities", mode="before")
     @classmethod
@@ -138,7 +143,37 @@ class ChatRequest(SamplingFields):
     def _check_together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) != len(names):
+            raise ValueError("tools must have different names")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+            raise ValueError("tool_choice must name one of the tools")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice required needs tools")
+        if self.is_bound and self.ignore_eos:
+            raise ValueError("an answer that has a form ends where that is complete: not with ignore_eos")
         return self
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the answer must have a form of its own."""
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        return has_format or self.structured_outputs is not None or bool(self.tools)
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """Those that the model may call."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools or () if tool.function.name == self.tool_choice.name]
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def template_switches(self) -> dict[str, bool]:
+        """What the template is told besides the messages."""
+        if self.reasoning_effort is None:
+            return self.chat_template_kwargs
+        is_thinking = self.reasoning_effort not in ("none", "minimal")
+        return {**dict.fromkeys(_TEMPLATE_SWITCHES, is_thinking), **self.chat_template_kwargs}
 
     @property
     def token_limit(self) -> int | None:

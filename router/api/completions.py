@@ -12,11 +12,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from router.api.answer_form import bind_text
 from router.api.completions_types import DEFAULT_MAX_TOKENS, CompletionRequest
 from router.api.connection import encode_json, open_stream, until_gone
 from router.api.context import ApiContext, get_context
 from router.api.errors import BadRequest
-from router.api.fields import parse_request
 from router.api.generation import Delta, FinishReason, SequencePlan, generate
 from router.api.logprobs import TokenEntry, completion_logprobs
 from router.api.usage import make_usage, sum_cached_tokens
@@ -28,7 +28,7 @@ routes = APIRouter()
 @routes.post("/v1/completions")
 async def create_completion(request: Request) -> Response:
     context = get_context(request)
-    body = parse_request(CompletionRequest, await context.read_json(request))
+    body = await context.parse(CompletionRequest, request)
     model = context.resolve_model(body.model)
     job = await until_gone(request, _prepare(context, body, model, request.state.request_id))
     if body.stream:
@@ -64,6 +64,9 @@ async def _prepare(context: ApiContext, body: CompletionRequest, model: str, req
         )
     context.check_token_ids(body.stop_token_ids, "stop_token_ids")
     context.check_token_ids(tuple(body.logit_bias), "logit_bias")
+    form = None if body.structured_outputs is None else bind_text(body.structured_outputs)
+    if form is not None:
+        await context.grammars.check(form.grammar, form.param)
     skip_special_tokens = body.skip_special_tokens is not False
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     encoded = iter(await context.encode_texts(texts, add_special_tokens=body.add_special_tokens is not False))
@@ -96,6 +99,7 @@ async def _prepare(context: ApiContext, body: CompletionRequest, model: str, req
                 min_tokens=min(body.min_tokens or 0, max_tokens),
                 logprobs=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
+                grammar=None if form is None else form.grammar,
             )
             plans.append(
                 SequencePlan(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, StrictBool, StrictInt, field_validator, model_validator
 
 from router.api.fields import MAX_LOGPROBS, TokenCount, UnsupportedField, check_text, check_token_ids
+from router.api.form_types import StructuredOutputs
 from router.api.sampling_types import SamplingFields
 
 # A limit on the list alone; ApiSettings.max_sequences bounds prompts times n.
@@ -48,6 +49,7 @@ class CompletionRequest(SamplingFields):
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
+    structured_outputs: StructuredOutputs | None = None
     suffix: Any = None
     add_special_tokens: StrictBool | None = None
     """False: text prompts get no beginning-of-sequence token."""
@@ -62,6 +64,8 @@ class CompletionRequest(SamplingFields):
     def _check_together(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.num_choices:
             raise UnsupportedField("best_of other than n is not supported")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ValueError("an answer that has a form ends where that is complete: not with ignore_eos")
         if self.token_limit == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1 unless echo is true")
         return self

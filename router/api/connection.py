@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
@@ -23,7 +23,29 @@ logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 _PING = b": ping\n\n"
-_DONE = b"data: [DONE]\n\n"
+
+
+class StreamFormat(NamedTuple):
+    """How one API writes its events. prefix: before every chunk; ending: behind the last event."""
+
+    prefix: bytes
+    ending: bytes
+    write_error: Callable[[ApiError], bytes]
+
+
+def encode_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+
+
+def encode_event(value: dict[str, Any]) -> bytes:
+    """A chunk of a NAMED stream: the event has the name that its data gives as type."""
+    return b"event: " + value["type"].encode() + b"\ndata: " + encode_json(value)
+
+
+# The events of OpenAI's older APIs have no names, and one more tells of the end.
+UNNAMED = StreamFormat(b"data: ", b"data: [DONE]\n\n", lambda error: encode_json(error.body()))
+# Those of Anthropic's: chunks are made by encode_event, and the last one says that it is.
+NAMED = StreamFormat(b"", b"", lambda error: encode_event({"type": "error", **error.body()}))
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
@@ -39,11 +61,13 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, ResultT]) -> Re
         await _cancel(task, watcher)
 
 
-# Encoded JSON objects, one per event.
+# One per event, as the stream's format has them: encoded JSON objects where it is UNNAMED.
 Chunks = AsyncGenerator[bytes, None]
 
 
-async def open_stream(request: Request, chunks: Chunks, settings: ApiSettings) -> Response:
+async def open_stream(
+    request: Request, chunks: Chunks, settings: ApiSettings, stream_format: StreamFormat = UNNAMED
+) -> Response:
     """Start an event stream of chunks.
 
     Waits up to status_line_wait_s for the first chunk, so that a request refused by then gets a proper status. Raises
@@ -59,7 +83,7 @@ async def open_stream(request: Request, chunks: Chunks, settings: ApiSettings) -
         if first.done() and first.exception() is not None:
             raise first.exception() or InternalError()
         is_handed_over = True
-        return EventStream(first, chunks, settings)
+        return EventStream(first, chunks, settings, stream_format)
     finally:
         await _cancel(watcher)
         if not is_handed_over:
@@ -69,7 +93,7 @@ async def open_stream(request: Request, chunks: Chunks, settings: ApiSettings) -
 
 class EventStream(Response):
     """Server-sent events: one per chunk, comments while nothing comes, an error event if the work fails midway, and
-    always `[DONE]`. Cancels the work when the client disconnects or stops reading."""
+    always the format's ending (`[DONE]`). Cancels the work when the client disconnects or stops reading."""
 
     media_type = "text/event-stream"
 
@@ -78,6 +102,7 @@ class EventStream(Response):
         first: asyncio.Future[bytes],
         chunks: Chunks,
         settings: ApiSettings,
+        stream_format: StreamFormat,
     ) -> None:
         """first: the pending or finished step of chunks that yields its first item."""
         self.status_code = 200
@@ -86,6 +111,7 @@ class EventStream(Response):
         self._first = first
         self._chunks = chunks
         self._settings = settings
+        self._format = stream_format
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
 
@@ -115,21 +141,21 @@ class EventStream(Response):
                 except StopAsyncIteration:
                     break
                 except ApiError as error:
-                    await self._send_event(send, encode_json(error.body()))
+                    await self._send_event(send, self._format.write_error(error))
                     break
                 except Exception:
                     logger.exception("stream failed")
-                    await self._send_event(send, encode_json(InternalError().body()))
+                    await self._send_event(send, self._format.write_error(InternalError()))
                     break
                 await self._send_event(send, chunk)
                 next_chunk = asyncio.ensure_future(anext(self._chunks))
-            await self._send_body(send, _DONE, more_body=False)
+            await self._send_body(send, self._format.ending, more_body=False)
         finally:
             await _cancel(next_chunk)
             await self._chunks.aclose()
 
     async def _send_event(self, send: Send, data: bytes) -> None:
-        await self._send_body(send, b"data: " + data + b"\n\n")
+        await self._send_body(send, self._format.prefix + data + b"\n\n")
 
     async def _send_body(self, send: Send, body: bytes, *, more_body: bool = True) -> None:
         await self._send(send, {"type": "http.response.body", "body": body, "more_body": more_body})
@@ -141,10 +167,6 @@ class EventStream(Response):
                 await send(message)
         except TimeoutError as error:
             raise ClientGone from error
-
-
-def encode_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
 async def _wait_until_gone(receive: Receive) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 from fastapi import Request
 
 from experts.model_config import ModelConfig
+from router.api.answer_parser import ANSWER_MARKERS, StandIns
 from router.api.chat_template import ChatTemplate
 from router.api.connection import encode_json
 from router.api.errors import BadRequest, ContextLengthExceeded, ModelNotFound
+from router.api.fields import RequestT, parse_request
+from router.api.grammar_check import GrammarChecker
 from router.api.json_body import read_json
 from router.api.request_use import get_current_use
 from router.api.router_client import RouterClient, RouterEndpoints
@@ -44,11 +47,15 @@ class ApiContext:
         self.sampling_defaults = SamplingDefaults.from_checkpoint(settings.checkpoint)
         self.tokenizer = TextTokenizer(settings.checkpoint)
         self.chat_template = ChatTemplate.from_checkpoint(settings.checkpoint, self.tokenizer)
+        self.stand_ins = StandIns(
+            {marker: token_id for marker, token_id in self.marker_ids.items() if marker in ANSWER_MARKERS}
+        )
+        self.grammars = GrammarChecker(settings.checkpoint, retry_after_s=settings.retry_after_s)
         self.routers = RouterClient(endpoints, settings, config.eos_token_ids)
         self._threads = ThreadPoolExecutor(settings.num_text_threads, thread_name_prefix="text")
 
     async def close(self) -> None:
-        await self.routers.close()
+        await asyncio.gather(self.routers.close(), self.grammars.close())
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def read_json(self, request: Request) -> Any:
@@ -59,6 +66,15 @@ class ApiContext:
             timeout_s=self.settings.body_timeout_s,
             executor=self._threads,
         )
+
+    async def parse(self, request_type: type[RequestT], request: Request) -> RequestT:
+        """The checked body. Raises what json_body.read_json raises, and BadRequest."""
+        return parse_request(request_type, await self.read_json(request), forbids_unknown=self.settings.strict_fields)
+
+    @property
+    def marker_ids(self) -> Mapping[str, int]:
+        """Token ids of texts that are one token of their own and mark something."""
+        return self.tokenizer.vocabulary.marker_ids
 
     async def run_in_thread(self, function: Callable[[], ResultT]) -> ResultT:
         """For work that would stall the event loop."""

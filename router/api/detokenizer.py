@@ -7,7 +7,7 @@ strings in the growing text, wherever token borders fall, and holds back what ma
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from router.api.tokenizer import TextTokenizer
@@ -16,8 +16,12 @@ from router.api.tokenizer import TextTokenizer
 class Detokenizer:
     """Incremental decoder of one sequence."""
 
-    def __init__(self, tokenizer: TextTokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, *, skip_special_tokens: bool, stand_ins: Mapping[int, str] | None = None
+    ) -> None:
+        """stand_ins: text by token id, in place of the token's own."""
         self._tokenizer = tokenizer
+        self._stand_ins = stand_ins or {}
         self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.num_characters = 0
@@ -25,6 +29,8 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that token_id completes; empty while its last character is unfinished."""
+        if (stand_in := self._stand_ins.get(token_id)) is not None:
+            return self.flush() + stand_in
         if self._skip_special_tokens and self._tokenizer.is_special(token_id):
             return ""
         text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
@@ -32,7 +38,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """End the sequence: U+FFFD for a character that was never finished, else nothing."""
+        """End the text, or a part of it: U+FFFD for a character that was never finished, else nothing."""
         text = self._decoder.decode(b"", final=True)
         self.num_characters += len(text)
         return text
@@ -41,8 +47,12 @@ class Detokenizer:
 class StopResult(NamedTuple):
     text: str
     """What may be shown now."""
-    stopped: bool
-    """Whether a stop string ended the text; nothing may be pushed afterwards."""
+    stopped_by: str | None = None
+    """The stop string that ended the text; nothing may be pushed afterwards. None: none did."""
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
 
 class StopStrings:
@@ -61,17 +71,18 @@ class StopStrings:
     def push(self, text: str) -> StopResult:
         """Add text; returns what can no longer be part of a stop string."""
         if not self._stops:
-            return StopResult(text, stopped=False)
+            return StopResult(text)
         self._held += text
         found = self._find_first()
         if found is not None:
             start, end = found
-            result = StopResult(self._held[: end if self._include_in_output else start], stopped=True)
+            stop = self._held[start:end]
+            result = StopResult(self._held[: end if self._include_in_output else start], stop)
             self._held = ""
             return result
         num_shown = len(self._held) - self._num_held_back()
         shown, self._held = self._held[:num_shown], self._held[num_shown:]
-        return StopResult(shown, stopped=False)
+        return StopResult(shown)
 
     def flush(self) -> str:
         """End the text: what was held back was not a stop string after all."""

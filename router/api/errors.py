@@ -13,6 +13,7 @@
     |- WrongContentType      415
     |- Overloaded            429  queues are full
     |- RateLimited           429  a limit of the key or its team is reached
+    |- NotOffered            501  a known route of the API that is not served here
     |- Unavailable           503  no router can take the request now
     `- InternalError         500
 
@@ -111,6 +112,17 @@ class NotFound(ApiError):
 
 class ModelNotFound(NotFound):
     code = "model_not_found"
+
+
+class NotOffered(ApiError):
+    """Clients repeat answers of 500 and above unless they are told that it does not help."""
+
+    status = 501
+    type = "invalid_request_error"
+    code = "not_offered"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})
 
 
 class BodyTooLarge(ApiError):

@@ -116,18 +116,25 @@ class ModelField(StrictModel):
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
-def parse_request(request_type: type[RequestT], value: Any) -> RequestT:
-    """Check a decoded body. Raises BadRequest naming the first field at fault, without its value."""
+def parse_request(request_type: type[RequestT], value: Any, *, forbids_unknown: bool = False) -> RequestT:
+    """Check a decoded body. forbids_unknown: fields without meaning are refused instead of ignored. Raises BadRequest
+    naming the first field at fault, without its value."""
     if not isinstance(value, dict):
         raise BadRequest("The request body must be a JSON object.")
     try:
-        return request_type.model_validate(value)
+        return request_type.model_validate(value, extra="forbid" if forbids_unknown else None)
     except ValidationError as error:
-        raise _translate(error) from None
+        raise translate_error(error) from None
 
 
-def _translate(error: ValidationError) -> BadRequest:
+def translate_error(error: ValidationError) -> BadRequest:
+    """The first field at fault, without its value."""
     first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "extra_forbidden":
+        # The last part of the path is the client's own word.
+        param = ".".join(str(part) for part in first["loc"][:-1]) or None
+        where = "The request" if param is None else param
+        return BadRequest(f"{where} has a field that is not known here.", param=param, code="unknown_parameter")
     # Dictionary keys of the client never become part of a path: no model has open dictionaries.
     param = ".".join(str(part) for part in first["loc"]) or None
     cause = first.get("ctx", {}).get("error")

@@ -7,19 +7,19 @@ objects is done by completions.py and chat.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from router.api.detokenizer import Detokenizer, StopStrings
+from router.api.detokenizer import Detokenizer, StopResult, StopStrings
 from router.api.logprobs import TokenEntry, read_token
 from router.api.request_use import get_current_use
 from router.api.router_client import RouterClient
 from router.api.tokenizer import TextTokenizer
 from router.v1 import router_pb2
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class SequencePlan:
     """The prompt's text, where the client wants it in front of the answer."""
     shares_prompt: bool = False
     """Whether it is a further choice for the prompt of the plan before: its prompt is counted there."""
+    stand_ins: Mapping[int, str] = field(default_factory=dict[int, str])
+    """Text by token id, for tokens that mean more than their text."""
 
 
 class Delta(NamedTuple):
@@ -53,6 +55,8 @@ class Delta(NamedTuple):
     router_us: int = 0
     expert_us: int = 0
     """What the choice has cost so far."""
+    stopped_by: str | None = None
+    """The stop string that ended the text."""
 
 
 async def generate(
@@ -124,7 +128,9 @@ class _Assembler:
     def __init__(self, tokenizer: TextTokenizer, plan: SequencePlan) -> None:
         self._tokenizer = tokenizer
         self._plan = plan
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=plan.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer, skip_special_tokens=plan.skip_special_tokens, stand_ins=plan.stand_ins
+        )
         self._prompt_detokenizer = Detokenizer(tokenizer, skip_special_tokens=plan.skip_special_tokens)
         self._stops = StopStrings(plan.stops, include_in_output=plan.include_stop)
         self._text_start = len(plan.echo or "")
@@ -152,27 +158,28 @@ class _Assembler:
                 )
             )  # fmt: skip
             self._is_echoed = True
-        text, stopped = self._push_tokens(response.tokens, ends_with_stop_id=finish_reason == "stop")
-        if stopped:
+        text, stopped_by = self._push_tokens(response.tokens, ends_with_stop_id=finish_reason == "stop")
+        if stopped_by is not None:
             finish_reason = "stop"
         elif finish_reason is not None:
             result = self._stops.push(self._detokenizer.flush())
             text += result.text
-            if not result.stopped:
+            stopped_by = result.stopped_by
+            if stopped_by is None:
                 text += self._stops.flush()
         if text or finish_reason is not None:
             deltas.append(
                 Delta(
                     self._plan.index, text, (), self._tokens, finish_reason, self._cached_tokens,
-                    response.router_us, response.expert_us,
+                    response.router_us, response.expert_us, stopped_by,
                 )
             )  # fmt: skip
             self._tokens = []
         self.is_finished = finish_reason is not None
         return deltas
 
-    def _push_tokens(self, tokens: Sequence[router_pb2.TokenOutput], *, ends_with_stop_id: bool) -> tuple[str, bool]:
-        """Returns the text that may be shown, and whether a stop string ended it."""
+    def _push_tokens(self, tokens: Sequence[router_pb2.TokenOutput], *, ends_with_stop_id: bool) -> StopResult:
+        """Returns the text that may be shown, and what ended it."""
         text = ""
         for position, token in enumerate(tokens):
             self._num_tokens += 1
@@ -187,8 +194,8 @@ class _Assembler:
             result = self._stops.push(piece)
             text += result.text
             if result.stopped:
-                return text, True
-        return text, False
+                return StopResult(text, result.stopped_by)
+        return StopResult(text)
 
 
 _FINISH_REASONS: dict[int, FinishReason | None] = {

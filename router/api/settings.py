@@ -59,5 +59,7 @@ class ApiSettings:
     """Most sequences one request may ask for: prompts times n."""
     max_messages: int = 4096
     """Most messages of one chat."""
+    strict_fields: bool = False
+    """Refuse request fields that have no meaning here, instead of ignoring them as most servers do."""
     num_text_threads: int = 2
     """Threads for tokenising, templates and large JSON, which would stall the event loop."""

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
-from router.api.chat import encode_chat
-from router.api.chat_types import Message
+from router.api.chat_job import encode_chat
+from router.api.chat_types import MAX_TOOLS, Message, TemplateSwitches
 from router.api.context import get_context
-from router.api.fields import ShortText, StrictModel, Text, check_token_ids, parse_request
+from router.api.fields import ShortText, StrictModel, Text, check_token_ids
+from router.api.form_types import Tool
 
 routes = APIRouter()
 
@@ -24,6 +25,8 @@ class TokenizeRequest(StrictModel):
     add_special_tokens: StrictBool | None = None
     """For a text only (a chat's template brings its own); by default true, as for /v1/completions."""
     add_generation_prompt: StrictBool | None = None
+    chat_template_kwargs: TemplateSwitches = Field(default_factory=dict)
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     return_token_strs: StrictBool | None = None
 
     @model_validator(mode="after")
@@ -41,11 +44,15 @@ class DetokenizeRequest(StrictModel):
 @routes.post("/tokenize")
 async def tokenize(request: Request) -> dict[str, Any]:
     context = get_context(request)
-    body = parse_request(TokenizeRequest, await context.read_json(request))
+    body = await context.parse(TokenizeRequest, request)
     context.resolve_model(body.model)
     if body.messages is not None:
         token_ids = await encode_chat(
-            context, body.messages, add_generation_prompt=body.add_generation_prompt is not False, switches={}
+            context,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            switches=body.chat_template_kwargs,
+            tools=body.tools or (),
         )
     else:
         (token_ids,) = await context.encode_texts(
@@ -60,7 +67,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
 @routes.post("/detokenize")
 async def detokenize(request: Request) -> dict[str, Any]:
     context = get_context(request)
-    body = parse_request(DetokenizeRequest, await context.read_json(request))
+    body = await context.parse(DetokenizeRequest, request)
     context.resolve_model(body.model)
     context.check_token_ids(body.tokens, "tokens")
     return {"prompt": context.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -14,11 +14,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from router.api.router_client import StaticEndpoints
 from router.api.settings import ApiSettings
 from router.api.tokenizer import TextTokenizer
+from router.api.tool_formats import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from tests.router_api.api_server import ApiServer
 from tests.router_api.scripted_router import ScriptedRouter
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 512
+CALLS = (CALLS_BEGIN, CALL_BEGIN, SEPARATOR, CALL_END, CALLS_END)
 BOS, EOS, USER, ASSISTANT = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
 
 _CORPUS = [
@@ -64,7 +66,7 @@ def write_checkpoint(folder: Path) -> Path:
     tokenizer.train_from_iterator(_CORPUS, trainer)
     # As published: role and reasoning markers are added tokens, but not special ones.
     tokenizer.add_tokens(
-        [AddedToken(text, special=False, normalized=False) for text in (USER, ASSISTANT, "<think>", "</think>")]
+        [AddedToken(text, special=False, normalized=False) for text in (USER, ASSISTANT, "<think>", "</think>", *CALLS)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]

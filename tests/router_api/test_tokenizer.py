@@ -116,9 +116,10 @@ def test_guarded_and_ordinary_encoding_agree(tokenizer: TextTokenizer) -> None:
     assert tokenizer.encode_guarded(text, guard) == tokenizer.encode_raw(text, add_special_tokens=False)
 
 
-def test_a_template_that_refuses_is_a_bad_request(checkpoint: Path, tokenizer: TextTokenizer) -> None:
+def test_a_template_that_refuses_is_a_bad_request(tokenizer: TextTokenizer) -> None:
     with pytest.raises(BadRequest, match="tools are unknown"):
-        encode_chat(checkpoint, tokenizer, {"role": "tool", "content": "1"})
+        template = ChatTemplate("{{ raise_exception('tools are unknown') }}", tokenizer)
+        template.encode([Message(role="user", content="1")], add_generation_prompt=True, switches={})
 
 
 def test_developer_messages_become_system_messages_for_templates_that_know_none(
