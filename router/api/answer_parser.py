@@ -55,6 +55,10 @@ class StandIns:
         self._marker_of = {character: marker for marker, character in self._character_of.items()}
         self.by_token_id = {token_id: self._character_of[marker] for marker, token_id in marker_ids.items()}
 
+    def get(self, marker: str) -> str | None:
+        """Its stand-in; None: it is no token of this vocabulary."""
+        return self._character_of.get(marker)
+
     def put(self, text: str) -> str:
         for marker, character in self._character_of.items():
             text = text.replace(marker, character)
@@ -85,7 +89,7 @@ class AnswerParser:
         """is_reasoning: the prompt ends in an open <think>."""
         self._stand_ins = stand_ins
         self._format = None if tool_format is None else _translate(tool_format, stand_ins)
-        self._think_begin, self._think_end = stand_ins.put(THINK_BEGIN), stand_ins.put(THINK_END)
+        self._think_begin, self._think_end = stand_ins.get(THINK_BEGIN), stand_ins.get(THINK_END)
         self._state = _State.REASONING if is_reasoning else _State.START
         self._text = ""
         self._strips_start = True
@@ -120,8 +124,8 @@ class AnswerParser:
 
     def _start(self, is_last: bool) -> _State | None:
         stripped = self._text.lstrip()
-        if stripped.startswith(self._think_begin):
-            self._text = stripped[len(self._think_begin) :]
+        if self._think_begin is not None and stripped.startswith(self._think_begin):
+            self._text = stripped[1:]
             return _State.REASONING
         if stripped or is_last:
             self._strips_start = False
@@ -130,7 +134,7 @@ class AnswerParser:
 
     def _reasoning(self, events: list[Event], is_last: bool) -> _State | None:
         """White space around it is not part of it."""
-        end = self._text.find(self._think_end)
+        end = -1 if self._think_end is None else self._text.find(self._think_end)
         text = self._text if end < 0 else self._text[:end]
         if self._strips_start:
             text = text.lstrip()
@@ -139,7 +143,7 @@ class AnswerParser:
             self._strips_start = False
             events.append(Reasoning(self._stand_ins.remove(shown)))
         if end >= 0:
-            self._text = self._text[end + len(self._think_end) :]
+            self._text = self._text[end + 1 :]
             self._strips_start = True
             return _State.CONTENT
         self._text = "" if is_last else text[len(shown) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -127,3 +128,25 @@ def test_request_ids_come_back(http: httpx.Client, router: ScriptedRouter) -> No
 @pytest.mark.parametrize("given", ["a b", "x" * 129, "a;b", ""])
 def test_malformed_request_ids_are_replaced(http: httpx.Client, given: str) -> None:
     assert http.get("/health", headers={"X-Request-Id": given}).headers["x-request-id"] not in (given, "")
+
+
+def test_unknown_fields_are_refused_if_asked(settings: ApiSettings, shared_router: ScriptedRouter) -> None:
+    server = ApiServer(replace(settings, strict_fields=True), StaticEndpoints([shared_router.endpoint]))
+    try:
+        for body, param in (({"hunter2": 1}, None), ({"stream_options": {"hunter2": 1}}, "stream_options")):
+            answered = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", **body}, timeout=10.0)
+            error = answered.json()["error"]
+            assert (answered.status_code, error["code"], error["param"]) == (400, "unknown_parameter", param)
+            assert "hunter2" not in answered.text
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=10.0).status_code == 200
+    finally:
+        server.stop()
+
+
+def test_the_document_names_every_route_for_text(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    for path in document["paths"]:
+        answered = http.post(path, json={}) if "post" in document["paths"][path] else http.get(path)
+        assert answered.status_code in (200, 400), path
+    schemas = document["components"]["schemas"]
+    assert {"messages", "tools", "response_format"} <= set(schemas["ChatRequest"]["properties"])

@@ -76,6 +76,19 @@ def test_a_client_that_leaves_midway(api: ApiServer, router: ScriptedRouter, tok
     assert router.cancelled.wait(WAIT_S)
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_client_that_leaves_between_the_last_token_and_the_end(
+    api: ApiServer, router: ScriptedRouter, tokenizer: TextTokenizer, route: str
+) -> None:
+    router.script = answer_forever(tokenizer.encode_raw("hello world", add_special_tokens=False))
+    field = {"input": "x"} if route == "/v1/responses" else {"messages": [{"role": "user", "content": "x"}]}
+    connection = send_request(api.port, route, {**field, "stream": True, "max_tokens": 99})
+    read_until(connection, b"world")
+    connection.close()
+    assert router.cancelled.wait(WAIT_S)
+    assert httpx.get(f"{api.url}/health/live", timeout=WAIT_S).status_code == 200
+
+
 def test_a_client_of_several_choices_that_leaves_midway(
     api: ApiServer, router: ScriptedRouter, tokenizer: TextTokenizer
 ) -> None:
