@@ -11,6 +11,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from tokenizers import Tokenizer
@@ -117,12 +118,17 @@ class _TokenizerFacts:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def schema_options(*, is_lenient: bool) -> dict[str, Any]:
+    """How a JSON schema within a Lark grammar (%json) is to be read: the value of its x-guidance."""
+    return {"whitespace_pattern": WHITE_SPACE, "lenient": is_lenient}
+
+
 def _translate(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
             try:
                 return LLMatcher.grammar_from_json_schema(
-                    grammar.text, overrides={"whitespace_pattern": WHITE_SPACE, "lenient": grammar.is_lenient}
+                    grammar.text, overrides=schema_options(is_lenient=grammar.is_lenient)
                 )
             except ValueError:
                 raise GrammarFailed("it is not a JSON Schema") from None

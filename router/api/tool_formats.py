@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.api.form_types import Tool
+from router.llguidance_grammars import schema_options
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -102,17 +103,17 @@ def write_grammar(
     rules.append(f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}")
     for index, tool in enumerate(tools):
         function = tool.function
-        schema = _with_options(function.parameters or {"type": "object"}, is_lenient=not function.strict)
+        schema = _with_options({"type": "object", **(function.parameters or {})}, is_lenient=not function.strict)
         rules.append(f"call_{index}: {literal(function.name + tool_format.before_arguments)} arguments_{index}")
         rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
     if otherwise is not None:
-        rules.append(f"otherwise: %json {json.dumps(otherwise)}")
+        rules.append(f"otherwise: %json {json.dumps(_with_options(otherwise, is_lenient=False))}")
     return "\n".join(rules)
 
 
 def _with_options(schema: Mapping[str, Any], *, is_lenient: bool) -> dict[str, Any]:
     """A client's schema with our own options for the library, whatever it may say itself."""
-    return {"type": "object", **schema, "x-guidance": {"lenient": is_lenient}}
+    return {**schema, "x-guidance": schema_options(is_lenient=is_lenient)}
 
 
 class _Literals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class Recorder:
 
 
 def main() -> int:
+    os.environ["SHOAL_TEST_SCHEMAS"] = "200"
     recorder = Recorder()
     status = pytest.main([str(FOLDER), "-q", "-p", "no:cacheprovider"], plugins=[recorder])
     before, _, rest = TABLE.read_text(encoding="utf-8").partition(_BEGIN)

@@ -23,7 +23,7 @@ def claude(stack: LocalStack) -> Iterator[anthropic.Anthropic]:
 
 
 def test_messages_are_the_same_in_one_piece_and_streamed(claude: anthropic.Anthropic) -> None:
-    fields: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+    fields: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 16, "extra_body": {"temperature": 0}}
     whole = claude.messages.create(**fields)
     with claude.messages.stream(**fields) as stream:
         streamed = stream.get_final_message()
@@ -34,7 +34,7 @@ def test_messages_are_the_same_in_one_piece_and_streamed(claude: anthropic.Anthr
 
 def test_a_tool_is_used(claude: anthropic.Anthropic) -> None:
     with claude.messages.stream(
-        model=MODEL, messages=MESSAGES, max_tokens=400, temperature=1,
+        model=MODEL, messages=MESSAGES, max_tokens=400, extra_body={"temperature": 1},
         tools=[{"name": "set_person", "input_schema": PERSON}],
         tool_choice={"type": "any", "disable_parallel_tool_use": True},
     ) as stream:  # fmt: skip

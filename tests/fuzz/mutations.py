@@ -295,6 +295,6 @@ _HEADERS: tuple[dict[str, str], ...] = (
     {"X-Request-Id": "y" * 500},
     {"X-Request-Id": "ok-1"},
     {"X-Shoal-Priority": "batch"},
-    {"X-Shoal-Priority": "\t;"},
+    {"X-Shoal-Priority": "urgent;"},
     {"Accept": "image/png"},
 )

@@ -18,7 +18,7 @@ from tests.router_api.api_server import ApiServer
 from tests.router_api.conftest import write_checkpoint
 from tests.router_api.scripted_router import ScriptedRouter, answer
 
-NUM_REQUESTS = 1500
+NUM_REQUESTS = 500
 FIRST_SEED = 1_000_000
 
 
@@ -47,7 +47,7 @@ schema = schemathesis.openapi.from_dict(build_document("test"))
 
 @schema.parametrize()
 @hypothesis.settings(
-    max_examples=15,
+    max_examples=5,
     derandomize=True,
     deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck),
