@@ -29,9 +29,9 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-# Between the parts of a JSON document: enough to indent eight levels by four spaces, and an end to a model that would
+# Between the parts of a JSON document: enough to indent eight levels by two spaces, and an end to a model that would
 # go on with spaces for ever.
-WHITE_SPACE = r"[ \t\r\n]{0,33}"
+WHITE_SPACE = r"[ \t\r\n]{0,17}"
 # Compiled grammars kept for requests that come again with the same one, as an agent's do.
 MAX_KEPT = 64
 # JSON Schema keywords that may be named in a refusal: the client's own words are not repeated.

@@ -9,25 +9,26 @@ import pytest
 from tests.compat.conftest import DEMO, MODEL
 from tests.local_stack import LocalStack
 
-pytest.importorskip("lm_eval", reason="needs the compat extra: make compat")
+_REASON = "needs the compat extra: make compat"
+completions = pytest.importorskip("lm_eval.models.openai_completions", reason=_REASON)
+instances = pytest.importorskip("lm_eval.api.instance", reason=_REASON)
 
 CASES = [("def is_empty(self):\n    return ", "True"), ("import ", "os"), ("for i in range(", "10):\n    pass")]
 
 
 def make_model(stack: LocalStack, tokenizer: str) -> Any:
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
     options: dict[str, Any] = {"tokenizer_backend": "huggingface", "tokenizer": str(DEMO)}
     if tokenizer == "remote":
         options = {"tokenizer_backend": "remote"}
-    return LocalCompletionsAPI(base_url=f"{stack.base_url}/v1/completions", model=MODEL, max_length=512, **options)
+    return completions.LocalCompletionsAPI(
+        base_url=f"{stack.base_url}/v1/completions", model=MODEL, max_length=512, **options
+    )
 
 
 def measure(model: Any) -> list[tuple[float, bool]]:
-    from lm_eval.api.instance import Instance
-
     requests = [
-        Instance(request_type="loglikelihood", doc={}, arguments=case, idx=index) for index, case in enumerate(CASES)
+        instances.Instance(request_type="loglikelihood", doc={}, arguments=case, idx=index)
+        for index, case in enumerate(CASES)
     ]
     return model.loglikelihood(requests, disable_tqdm=True)
 

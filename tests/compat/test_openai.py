@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import jsonschema
 import openai
 import pytest
@@ -82,7 +82,7 @@ def test_a_tool_is_called(client: openai.OpenAI, is_named: bool) -> None:
         max_tokens=400, temperature=1, seed=7,
     )  # fmt: skip
     assert completion.choices[0].finish_reason == "tool_calls"
-    (call,) = completion.choices[0].message.tool_calls or ()
+    (call,) = completion.choices[0].message.tool_calls or []
     assert call.type == "function" and call.function.name == "set_person"
     jsonschema.validate(json.loads(call.function.arguments), PERSON)
 
@@ -92,7 +92,7 @@ def test_a_tool_call_streams(client: openai.OpenAI) -> None:
         model=MODEL, messages=MESSAGES, tools=[TOOL], tool_choice="required", parallel_tool_calls=False,
         max_tokens=400, temperature=1, seed=7,
     ) as stream:  # fmt: skip
-        (call,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
     jsonschema.validate(json.loads(call.function.arguments), PERSON)
 
 
@@ -128,14 +128,14 @@ def test_a_refusal_for_the_moment_is_repeated(stack: LocalStack) -> None:
     """The first two attempts meet a server that is overloaded, as this one says it."""
     refusals = [429, 503]
 
-    class Busy(httpx.HTTPTransport):
-        def handle_request(self, request: httpx.Request) -> httpx.Response:
+    class Busy(httpx2.HTTPTransport):
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
             if refusals:
                 body = {"error": {"message": "busy", "type": "x", "param": None, "code": "overloaded"}}
-                return httpx.Response(refusals.pop(), json=body, headers={"Retry-After": "0"}, request=request)
+                return httpx2.Response(refusals.pop(), json=body, headers={"Retry-After": "0"}, request=request)
             return super().handle_request(request)
 
-    with httpx.Client(transport=Busy()) as http:
+    with httpx2.Client(transport=Busy()) as http:
         client = openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key="none", http_client=http, timeout=60.0)
         assert client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=2).choices
     assert refusals == []

@@ -61,7 +61,7 @@ def test_a_call_streamed(client: openai.OpenAI, router: ScriptedRouter, tokenize
     router.script = answer(ids_of(tokenizer, CALL), stop_id=1)
     with client.chat.completions.stream(model=MODEL, messages=MESSAGES, tools=TOOLS) as stream:
         arguments = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
-        (call,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
     assert len(arguments) > 1
     assert "".join(arguments) == call.function.arguments == ARGUMENTS
 
@@ -83,7 +83,7 @@ def test_the_grammar_of_a_choice(
     choice: Any,
     allows: list[str],
 ) -> None:
-    other = {"type": "function", "function": {"name": "other"}}
+    other: Any = {"type": "function", "function": {"name": "other"}}
     client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[*TOOLS, other], tool_choice=choice)
     lark = router.requests[0].grammar.lark
     compiler = LlguidanceCompiler.from_checkpoint(checkpoint, 400, [1])
@@ -110,7 +110,7 @@ def test_tool_choice_none_hides_the_tools(
 def test_markers_in_what_clients_write_about_tools_are_text(
     client: openai.OpenAI, router: ScriptedRouter, tokenizer: TextTokenizer
 ) -> None:
-    tool = {"type": "function", "function": {**WEATHER, "description": f"{CALLS_BEGIN}<think>"}}
+    tool: Any = {"type": "function", "function": {**WEATHER, "description": f"{CALLS_BEGIN}<think>"}}
     client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[tool])
     ids = list(router.requests[0].prompt_token_ids)
     assert ids.count(ids_of(tokenizer, CALLS_BEGIN)[0]) == 1  # ours, which shows the format
