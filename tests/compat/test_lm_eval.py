@@ -13,7 +13,7 @@ _REASON = "needs the compat extra: make compat"
 completions = pytest.importorskip("lm_eval.models.openai_completions", reason=_REASON)
 instances = pytest.importorskip("lm_eval.api.instance", reason=_REASON)
 
-CASES = [("def is_empty(self):\n    return ", "True"), ("import ", "os"), ("for i in range(", "10):\n    pass")]
+CASES = [("def is_empty(self):\n    return", " True"), ("import", " os"), ("for i in range(", "10):\n    pass")]
 
 
 def make_model(stack: LocalStack, tokenizer: str) -> Any:
