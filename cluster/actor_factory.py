@@ -10,13 +10,16 @@ import logging
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import ExpertReplica, Router
 from cluster.data_plane_env import DATA_PLANE_ENV
+from cluster.errors import ChangeRefused, StoreUnavailable
+from cluster.hosting import ranges_to_json
 from cluster.pod_resources import ROUTER_RESOURCE, expert_resource
 from cluster.spec import ClusterSpec, parse_replica_id
+from experts.expert_range import ExpertRange
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,17 @@ class ActorFactory:
             ray.get(actor.drain.remote(grace_s), timeout=grace_s + _CALL_TIMEOUT_S)
         except (ValueError, RayError) as error:
             logger.info("not drained replica_id=%s: %s", replica_id, " ".join(str(error).split())[:200])
+
+    def host_experts(self, replica_id: str, hosted: tuple[ExpertRange, ...], timeout_s: float) -> None:
+        """Have a replica hold other experts; blocks until it does. Raises StoreUnavailable if Ray or the replica is
+        gone or does not answer in time, ChangeRefused with its reason if it cannot."""
+        try:
+            actor = ray.get_actor(replica_id, namespace=RAY_NAMESPACE)
+            ray.get(actor.host.remote(ranges_to_json(hosted)), timeout=timeout_s)
+        except RayTaskError as error:
+            raise ChangeRefused(" ".join(str(error.cause or error).split())[-300:]) from error
+        except (ValueError, RayError) as error:
+            raise StoreUnavailable(" ".join(str(error).split())[:200]) from error
 
     def kill(self, name: str) -> None:
         """End an actor for good, at once. Nothing happens if there is none."""

@@ -10,14 +10,28 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cluster.desired_state import begin, desired_from_json
+from cluster.hosting import find_start_hosting, ranges_from_json
 from cluster.publisher import Publisher
-from cluster.record_store import RayRecordStore
-from cluster.records import ReplicaRecord, RouterRecord, replica_key, router_key
+from cluster.record_store import RayRecordStore, RecordStore
+from cluster.records import DESIRED_KEY, TABLE_KEY, ReplicaRecord, RouterRecord, replica_key, router_key
 from cluster.spec import ClusterSpec, spec_from_json
+from cluster.stored_table import memory_from_json
+from experts.expert_range import ExpertRange
+from router.expert_table import EMPTY_TABLE
+
+if TYPE_CHECKING:
+    from experts.weights import ExpertWeights
 
 logger = logging.getLogger(__name__)
+
+# Of the thread that loads experts while others are computed with; 19 is the most.
+LOADER_NICENESS = 10
 
 
 class ExpertReplica:
@@ -26,15 +40,16 @@ class ExpertReplica:
     def __init__(self, spec_json: bytes, replica_id: str) -> None:
         spec = _start_process(spec_json)
         group = spec.get_group_of(replica_id)
+        store = RayRecordStore()
         publisher = Publisher(
-            RayRecordStore(),
+            store,
             replica_key(replica_id),
             ReplicaRecord,
             actor_id=replica_id,
             node=_get_node_name(spec),
             node_id=_get_node_id(),
             group_name=group.name,
-            hosted=group.hosted,
+            hosted=_find_hosted(spec, store, group.name),
             weight_digest="",
             numerics_id="",
         )
@@ -56,7 +71,7 @@ class ExpertReplica:
             with Checkpoint(Path(spec.checkpoint)) as checkpoint:
                 weights = load_expert_weights(
                     checkpoint,
-                    group.hosted,
+                    publisher.record.hosted,
                     getattr(torch, spec.dtype),
                     device=device,
                     on_fraction=publisher.show_progress,
@@ -74,6 +89,34 @@ class ExpertReplica:
         logger.info(
             "ready replica_id=%s endpoint=%s incarnation=%d", replica_id, endpoint, publisher.record.incarnation
         )
+
+        self._spec = spec
+        self._group = loaded
+        self._publisher = publisher
+        self._change_lock = threading.Lock()
+
+    def host(self, hosted: bytes) -> None:
+        """Hold exactly these experts (ranges_to_json) from now on; returns when it does. The others are served on.
+
+        Raises an ExpertsError if they cannot be read or do not fit; then nothing has changed.
+        """
+        with self._change_lock:
+            wanted = ranges_from_json(hosted)
+            if wanted == self._publisher.record.hosted:
+                return
+            # In a thread of its own, which steps back for those that compute: nothing waits for this.
+            with ThreadPoolExecutor(1, initializer=_step_back) as loader:
+                weights = loader.submit(self._load, wanted).result()
+            self._server.use_weights(weights)
+            self._publisher.update(hosted=weights.hosted, weight_digest=weights.digest)
+            logger.info("hosts other experts num_experts=%d", len(weights.expert_digests))
+
+    def _load(self, hosted: tuple[ExpertRange, ...]) -> ExpertWeights:
+        from experts.checkpoint import Checkpoint
+        from experts.weights import change_hosted
+
+        with Checkpoint(Path(self._spec.checkpoint)) as checkpoint:
+            return change_hosted(self._group.weights, checkpoint, hosted)
 
     def drain(self, grace_s: float) -> None:
         """Take no new frames; returns when those taken are answered, or after grace_s."""
@@ -138,6 +181,22 @@ class Router:
     def drain(self, timeout_s: float) -> int:
         """Take nothing new. Returns the number of sequences still running after timeout_s."""
         return self._server.drain(timeout_s)
+
+
+def _find_hosted(spec: ClusterSpec, store: RecordStore, group_name: str) -> tuple[ExpertRange, ...]:
+    """What the controller wants a replica of the group to begin with. Raises StoreUnavailable or BadRecord."""
+    desired, table = store.get(DESIRED_KEY), store.get(TABLE_KEY)
+    return find_start_hosting(
+        group_name,
+        begin(spec) if desired is None else desired_from_json(desired),
+        EMPTY_TABLE if table is None else memory_from_json(table).table,
+    )
+
+
+def _step_back() -> None:
+    """Lower the priority of the calling thread, where there is such a thing."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
 
 
 def _start_process(spec_json: bytes) -> ClusterSpec:

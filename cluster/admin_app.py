@@ -35,6 +35,10 @@ class Administered(Protocol):
 
     async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]: ...
 
+    async def rebalance(self, extra_share: float) -> dict[str, Any]: ...
+
+    def get_balancer_view(self) -> dict[str, Any]: ...
+
     async def scale(self, counts: Mapping[str, int], force: bool) -> int: ...
 
     async def replace_replica(self, replica_id: str) -> int: ...
@@ -69,6 +73,13 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
         extra_share = _read_number(await _read_object(request), "extra_share", 0.12, MAX_EXTRA_SHARE)
         return JSONResponse(await controller.plan_rebalancing(extra_share))
 
+    async def rebalance(request: Request) -> Response:
+        extra_share = _read_number(await _read_object(request), "extra_share", 0.12, MAX_EXTRA_SHARE)
+        return JSONResponse(await controller.rebalance(extra_share))
+
+    async def balancer(_: Request) -> Response:
+        return JSONResponse(controller.get_balancer_view())
+
     async def scale(request: Request) -> Response:
         document = await _read_object(request)
         version = await controller.scale(_read_counts(document), _read_flag(document, "force"))
@@ -88,6 +99,8 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
             Route("/plan", plan, methods=["GET"]),
             Route("/events", events, methods=["GET"]),
             Route("/rebalance/plan", plan_rebalancing, methods=["POST"]),
+            Route("/rebalance", rebalance, methods=["POST"]),
+            Route("/rebalance", balancer, methods=["GET"]),
             Route("/scale", scale, methods=["POST"]),
             Route("/replicas/drain", drain_replica, methods=["POST"]),
             Route("/restart", restart, methods=["POST"]),

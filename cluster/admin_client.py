@@ -43,6 +43,32 @@ class AdminClient:
         """What rebalancing would gain with this part of memory for further copies."""
         return self._request("POST", "/rebalance/plan", {"extra_share": extra_share}, PLAN_TIMEOUT_S)
 
+    def rebalance(self, extra_share: float) -> dict[str, Any]:
+        """Begin to move experts. Returns the rebalancing that was begun."""
+        return self._request("POST", "/rebalance", {"extra_share": extra_share}, PLAN_TIMEOUT_S)["current"]
+
+    def wait_rebalanced(self, number: int, timeout_s: float) -> dict[str, Any]:
+        """Wait until a rebalancing is measured. Raises RequestFailed if it failed, was lost with a controller that had
+        to be restarted, or the time is over."""
+        deadline_s = time.monotonic() + timeout_s
+        phase = "not known"
+        while True:
+            try:
+                current = self._request("GET", "/rebalance", None, CALL_TIMEOUT_S)["current"]
+            except RequestFailed as error:
+                phase = str(error)
+            else:
+                if current is None or current["number"] != number:
+                    raise RequestFailed(f"rebalancing {number} is not known any more; `shoal events` tells why")
+                if current["phase"] == "failed":
+                    raise RequestFailed(f"rebalancing {number} failed: {current['failure']}")
+                if current["phase"] == "done":
+                    return current
+                phase = current["phase"]
+            if time.monotonic() >= deadline_s:
+                raise RequestFailed(f"not done after {timeout_s:g} s, and still {phase}")
+            time.sleep(_WAIT_INTERVAL_S)
+
     def scale(self, counts: Mapping[str, int], force: bool) -> int:
         """Returns the version of the desired state that has these numbers."""
         return self._change("/scale", {"groups": dict(counts), "force": force})

@@ -43,6 +43,8 @@ class ReplicaLoad:
     queue_ms: float
     # (row, expert) pairs per second of computing; None if it computed nothing.
     pairs_per_busy_s: float | None
+    # Pairs per second of all its time.
+    pairs_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

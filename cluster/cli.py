@@ -198,16 +198,16 @@ def _add_scaling(commands: Any) -> None:
     restart.add_argument("groups", nargs="*", metavar="GROUP", help="default: every group")
     for parser in (scale, restart):
         parser.add_argument("--wait", action="store_true", help="until the cluster is as desired")
-    for parser in (scale, drain, restart):
-        parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest wait (default: 600)")
     plan = commands.add_parser("plan", help="what the controller does now, what it waits for, and why")
     events = commands.add_parser("events", help="what happened to the cluster, and why")
     events.add_argument("--follow", "-f", action="store_true", help="go on until Ctrl-C")
-    rebalance = commands.add_parser("rebalance", help="what hosting hot experts in more groups would gain")
-    rebalance.add_argument("--dry-run", action="store_true", required=True, help="only say so; nothing is moved")
+    rebalance = commands.add_parser("rebalance", help="host hot experts in more groups, and tell what it gained")
+    rebalance.add_argument("--dry-run", action="store_true", help="only say what it would gain; nothing is moved")
     rebalance.add_argument(
         "--extra-share", type=float, default=0.12, metavar="X", help="memory for further copies (default: 0.12)"
     )
+    for parser in (scale, drain, restart, rebalance):
+        parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest wait (default: 600)")
     for parser in (scale, drain, restart, plan, events, rebalance):
         _add_url(parser)
         _add_json(parser)

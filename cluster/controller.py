@@ -18,17 +18,21 @@ from typing import Any, Protocol, TypeVar
 
 from cluster import autoscaler, desired_state
 from cluster.autoscaler import Decision, GroupMemory, ReplicaLoad, compute_group_load, find_rule
-from cluster.desired_state import DesiredState
+from cluster.balancer import Balancer, Throughput
+from cluster.desired_state import DesiredGroup, DesiredState
 from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
 from cluster.fleet import Fleet
 from cluster.fleet_follower import FleetFollower
+from cluster.hosting import Ranges, read_hosting
+from cluster.hosting_calls import HostingCalls
 from cluster.planner import (
     ActorState,
     CreateReplica,
     CreateRouter,
     DrainReplica,
     Health,
+    HostExperts,
     Memory,
     Observation,
     Plan,
@@ -37,7 +41,7 @@ from cluster.planner import (
     RouterReport,
     compute_plan,
 )
-from cluster.rebalance_view import build_rebalance_view, sum_pairs
+from cluster.rebalance_view import Proposal, build_proposal, sum_pairs
 from cluster.record_store import RecordStore
 from cluster.records import (
     DESIRED_KEY,
@@ -87,6 +91,8 @@ class Factory(Protocol):
     def list_nodes(self) -> frozenset[str]: ...
 
     def drain_replica(self, replica_id: str, grace_s: float) -> None: ...
+
+    def host_experts(self, replica_id: str, hosted: Ranges, timeout_s: float) -> None: ...
 
     def kill(self, name: str) -> None: ...
 
@@ -172,6 +178,18 @@ class ControllerLoop:
             if fleet is None
             else FleetFollower(spec, fleet, self._events, self._change, prober.drain_router, self._kill_router)
         )
+        self._hosting_calls = HostingCalls(factory, clock)
+        self._balancer = Balancer(
+            self._events,
+            clock,
+            self._propose_rebalancing,
+            lambda placements, reason: self._change(
+                lambda desired: desired_state.rehost(desired, placements), f"rebalanced: {reason}"
+            ),
+            self._measure_throughput,
+            interval_s=spec.rebalance_interval_s,
+            extra_share=spec.rebalance_extra_share,
+        )
         # When the last turn ended, by the clock: proof that the loop moves.
         self.turned_s: float | None = None
 
@@ -206,6 +224,12 @@ class ControllerLoop:
         await self._autoscale(plan)
         if self._follower is not None:
             await self._follower.follow(lambda: self._desired, plan, self._observation)
+        if not self._observation.draining:
+            await self._balancer.turn(
+                read_hosting(self._desired, plan.table),
+                is_settled=plan.is_settled(self._desired),
+                refusal=self._hosting_calls.take_refusal(),
+            )
         await self._store_events()
         return plan
 
@@ -233,20 +257,51 @@ class ControllerLoop:
         return self._events.get_after(after)
 
     async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]:
-        """What rebalancing would gain; see build_rebalance_view. Nothing is changed."""
+        """What rebalancing would gain; see build_proposal. Nothing is changed."""
+        return dict((await self._propose_rebalancing(extra_share)).view)
+
+    async def rebalance(self, extra_share: float) -> dict[str, Any]:
+        """Begin to move experts. Returns the balancer's view. Raises as scale does."""
+        return await self._balancer.begin(extra_share, "asked for by the admin API")
+
+    def get_balancer_view(self) -> dict[str, Any]:
+        return self._balancer.get_view()
+
+    async def _propose_rebalancing(self, extra_share: float) -> Proposal:
         config = await asyncio.to_thread(ModelConfig.from_folder, Path(self._spec.checkpoint))
         load = sum_pairs(await self._prober.fetch_pairs(), config)
+        hosted = read_hosting(self._desired, self._get_plan().table).published
         speeds = self._measure_speeds()
-        return await asyncio.to_thread(build_rebalance_view, config, self._spec.groups, speeds, load, extra_share)
+        return await asyncio.to_thread(build_proposal, config, self._spec.groups, hosted, speeds, load, extra_share)
 
     def _measure_speeds(self) -> dict[str, float]:
-        """Pairs per second of each group's ready replicas together; one per replica if not all are known."""
+        """Pairs per second of each group's ready replicas together, each taken as fast as its kind (numerics_id) is:
+        a replica that is asked for more joins more rows, and would look faster than its twin. One per replica if a
+        kind's speed is not known."""
         plan = self._get_plan()
-        loads = {group.name: self._list_loads(plan, group.member_ids) for group in self._desired.groups}
-        measured = [load.pairs_per_busy_s for group in loads.values() for load in group]
-        if all(loads.values()) and all(speed for speed in measured):
-            return {name: sum(load.pairs_per_busy_s or 0.0 for load in group) for name, group in loads.items()}
-        return {name: float(max(1, len(group))) for name, group in loads.items()}
+        kinds: dict[str, list[str]] = {}
+        measured: dict[str, list[float]] = {}
+        for group in self._desired.groups:
+            kinds[group.name] = [self._observation.replicas[id_].numerics_id for id_ in self._list_ready(plan, group)]
+            for id_, load in self._list_loads(plan, group.member_ids).items():
+                if load.pairs_per_busy_s:
+                    kind = self._observation.replicas[id_].numerics_id
+                    measured.setdefault(kind, []).append(load.pairs_per_busy_s)
+        if any(kind not in measured for own in kinds.values() for kind in own):
+            return {name: float(max(1, len(own))) for name, own in kinds.items()}
+        means = {kind: sum(values) / len(values) for kind, values in measured.items()}
+        return {
+            name: sum(means[kind] for kind in own) or max(means.values(), default=1.0) for name, own in kinds.items()
+        }
+
+    def _measure_throughput(self) -> Throughput:
+        plan = self._get_plan()
+        return Throughput(
+            {
+                group.name: sum(load.pairs_per_s for load in self._list_loads(plan, group.member_ids).values())
+                for group in self._desired.groups
+            }
+        )
 
     async def scale(self, counts: Mapping[str, int], force: bool, reason: str = "scaled by the admin API") -> int:
         """Returns the version of the desired state. Raises ChangeRefused or StoreUnavailable: nothing was changed."""
@@ -294,7 +349,9 @@ class ControllerLoop:
             await self._store_calls.call(lambda: self._store.put(DESIRED_KEY, after.to_json()))
             self._desired = after
             for old, new in zip(before.groups, after.groups, strict=True):
-                if old != new:
+                if old.hosted != new.hosted:
+                    self._events.add(f"group {new.name}", "rehost", reason)
+                if old.member_ids != new.member_ids:
                     members = f"{','.join(old.member_ids) or 'none'} to {','.join(new.member_ids) or 'none'}"
                     self._events.add(f"group {new.name}", "change", f"from {members}: {reason}")
             if len(after.rollout) > len(before.rollout):
@@ -315,7 +372,8 @@ class ControllerLoop:
         self._autoscaled_s = now_s
         counts = {group.name: len(group.member_ids) for group in self._desired.groups}
         loads = {
-            group.name: compute_group_load(self._list_loads(plan, group.member_ids)) for group in self._desired.groups
+            group.name: compute_group_load(list(self._list_loads(plan, group.member_ids).values()))
+            for group in self._desired.groups
         }
         settled = {name: plan.is_group_ready(name, counts[name]) for name in counts}
         self._decisions = autoscaler.decide_all(self._rules, counts, settled, loads, self._group_memories, now_s)
@@ -337,14 +395,24 @@ class ControllerLoop:
             return
         self._group_memories[decision.group_name] = decision.memory
 
-    def _list_loads(self, plan: Plan, member_ids: Sequence[str]) -> list[ReplicaLoad]:
+    def _list_loads(self, plan: Plan, member_ids: Sequence[str]) -> dict[str, ReplicaLoad]:
+        """Of ready replicas that reported, by id."""
         loads = self._prober.replica_loads
-        return [
-            loads[member_id, record.incarnation]
+        return {
+            member_id: loads[member_id, record.incarnation]
             for member_id in member_ids
             if (record := self._observation.replicas.get(member_id)) is not None
             and (member_id, record.incarnation) in loads
             and plan.replicas[member_id].state is ActorState.READY
+        }
+
+    def _list_ready(self, plan: Plan, group: DesiredGroup) -> list[str]:
+        return [
+            member_id
+            for member_id in group.member_ids
+            if member_id in self._observation.replicas
+            and (status := plan.replicas.get(member_id)) is not None
+            and status.state is ActorState.READY
         ]
 
     def _get_plan(self) -> Plan:
@@ -446,6 +514,9 @@ class ControllerLoop:
                     self._events.add(f"router {router_id}", "create", action.reason)
                     await self._ray_calls.call(functools.partial(self._factory.create_router, router_id))
                     self._note_existing({router_id}, set())
+                case HostExperts(replica_id, _, hosted):
+                    if self._hosting_calls.ask(replica_id, hosted):
+                        self._events.add(f"replica {replica_id}", "host", action.reason)
                 case DrainReplica(replica_id, incarnation):
                     if (replica_id, incarnation) not in self._drains:
                         self._events.add(f"replica {replica_id}", "drain", action.reason)

@@ -1,4 +1,5 @@
-"""What the cluster should be now: the replicas that each expert group should have. Pure changes of plain data.
+"""What the cluster should be now: the replicas that each expert group should have, and the experts that they should
+hold. Pure changes of plain data.
 
 The spec says how a cluster begins; this says how it goes on, and only the controller writes it, before it acts on it.
 A restarted controller needs nothing else: a replica that exists and is no member leaves, a member that does not exist
@@ -15,16 +16,18 @@ from typing import Any
 
 from cluster.errors import BadRecord, ChangeRefused
 from cluster.spec import ClusterSpec, parse_replica_id
+from experts.expert_range import ExpertRange, merge_ranges
 
 MAX_REPLICAS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredGroup:
-    """member_ids: replicas that should serve, in the order of the expert table."""
+    """member_ids: replicas that should serve, in the order of the expert table. hosted: what each should hold."""
 
     name: str
     member_ids: tuple[str, ...]
+    hosted: tuple[ExpertRange, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +52,21 @@ class DesiredState:
 
 def begin(spec: ClusterSpec) -> DesiredState:
     """The state in which `shoal serve` starts a cluster."""
-    return DesiredState(1, tuple(DesiredGroup(group.name, group.replica_ids) for group in spec.groups))
+    return DesiredState(
+        1, tuple(DesiredGroup(group.name, group.replica_ids, merge_ranges(group.hosted)) for group in spec.groups)
+    )
 
 
 def desired_from_json(data: bytes) -> DesiredState:
     """Raises BadRecord."""
     try:
         values: dict[str, Any] = json.loads(data)
-        groups = tuple(DesiredGroup(group["name"], tuple(group["member_ids"])) for group in values["groups"])
+        groups = tuple(
+            DesiredGroup(
+                group["name"], tuple(group["member_ids"]), tuple(ExpertRange(**block) for block in group["hosted"])
+            )
+            for group in values["groups"]
+        )
         return DesiredState(int(values["version"]), groups, tuple(values["rollout"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRecord(f"the stored desired state cannot be read: {error}") from error
@@ -90,7 +100,7 @@ def scale(
                 members.remove(member_id)
         for _ in range(-surplus):
             members.append(_pick_free_id(name, {*members, *taken_ids, *group.member_ids}))
-        changed[name] = DesiredGroup(name, tuple(members))
+        changed[name] = replace(group, member_ids=tuple(members))
     groups = tuple(changed.values())
     return desired if groups == desired.groups else _change(desired, groups, desired.rollout)
 
@@ -103,7 +113,7 @@ def replace_member(desired: DesiredState, replica_id: str, taken_ids: Collection
         raise ChangeRefused(f"there is no replica {replica_id!r} that serves; there are {known}")
     successor_id = _pick_free_id(group.name, {*group.member_ids, *taken_ids})
     members = tuple(successor_id if member_id == replica_id else member_id for member_id in group.member_ids)
-    groups = tuple(DesiredGroup(group.name, members) if other is group else other for other in desired.groups)
+    groups = tuple(replace(group, member_ids=members) if other is group else other for other in desired.groups)
     return _change(desired, groups, tuple(other for other in desired.rollout if other != replica_id))
 
 
@@ -130,6 +140,14 @@ def advance_rollout(desired: DesiredState, taken_ids: Collection[str]) -> Desire
     if not left:
         return _change(desired, desired.groups, ())
     return replace_member(replace(desired, rollout=left), left[0], taken_ids)
+
+
+def rehost(desired: DesiredState, placements: Mapping[str, tuple[ExpertRange, ...]]) -> DesiredState:
+    """Have groups, by name, hold other experts. The same state if they do already."""
+    groups = tuple(
+        replace(group, hosted=merge_ranges(placements.get(group.name, group.hosted))) for group in desired.groups
+    )
+    return desired if groups == desired.groups else _change(desired, groups, desired.rollout)
 
 
 def _change(desired: DesiredState, groups: tuple[DesiredGroup, ...], rollout: tuple[str, ...]) -> DesiredState:

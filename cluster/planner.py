@@ -12,18 +12,22 @@ The rules, in one place:
 - A replica that is no member of its group leaves: it stays in the table until every member is connected to every
   router, then goes from the table, is drained once all routers hold a table without it, and ends. Every step follows
   from what is observed, so a restarted controller goes on in the middle.
+- Which experts a group holds changes in the same way: see cluster/hosting.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from cluster.desired_state import DesiredState
+from cluster.hosting import Hosting, publish_if_held, read_hosting
 from cluster.node_placement import choose_node
 from cluster.records import ActorRecord, ReplicaRecord, RouterRecord, StartState, compute_start_delay_s
-from cluster.spec import ClusterSpec, GroupSpec, parse_replica_id
+from cluster.spec import ClusterSpec, parse_replica_id
+from experts.expert_range import ExpertRange, covers, merge_ranges
 from router.expert_table import EMPTY_TABLE, ExpertTable, GroupEntry, ReplicaEntry
 
 # `shoal serve` creates all actors while the controller starts; what is missing this long is really missing.
@@ -83,13 +87,20 @@ class Observation:
         return self.replicas.get(actor_id) or self.routers.get(actor_id)
 
 
+class Held(NamedTuple):
+    """What the replicas of a group hold, or held."""
+
+    group_name: str
+    hosted: tuple[ExpertRange, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """What must survive from one plan to the next; table and digests survive a restart of the controller too."""
 
     table: ExpertTable = EMPTY_TABLE
-    # Weight digest of each group, by group name.
-    digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    # Weight digest of each group while it holds certain experts.
+    digests: Mapping[Held, str] = field(default_factory=dict[Held, str])
     # When (now_s) an actor that Ray does not know is to be created, by id.
     create_at_s: Mapping[str, float] = field(default_factory=dict[str, float])
 
@@ -142,7 +153,17 @@ class PushTable:
     incarnation: int
 
 
-Action = CreateReplica | CreateRouter | DrainReplica | RemoveReplica | PushTable
+@dataclass(frozen=True, slots=True)
+class HostExperts:
+    """Have a replica that serves hold exactly these experts."""
+
+    replica_id: str
+    incarnation: int
+    hosted: tuple[ExpertRange, ...]
+    reason: str = field(default="", compare=False)
+
+
+Action = CreateReplica | CreateRouter | DrainReplica | RemoveReplica | PushTable | HostExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +205,17 @@ class Plan:
 def compute_plan(spec: ClusterSpec, desired: DesiredState, observation: Observation, memory: Memory) -> Plan:
     members = {group.name: group.member_ids for group in desired.groups}
     leaving = _find_leaving(spec, desired, observation)
-    digests = _extend_digests(spec, observation, memory.digests)
+    hosting = read_hosting(desired, memory.table)
+    digests = _extend_digests(observation, memory.digests, hosting)
+    if not hosting.is_published:
+        ready = {name: _list_holders(name, ids, observation, digests, hosting) for name, ids in members.items()}
+        hosting = publish_if_held(hosting, ready, {name: len(ids) for name, ids in members.items()})
     replicas: dict[str, ActorStatus] = {}
     published: dict[str, list[str]] = {}
     waiting: list[Waiting] = []
     for group in spec.groups:
         statuses = {
-            replica_id: _judge_replica(group, observation.replicas.get(replica_id), observation, digests)
+            replica_id: _judge_replica(group.name, observation.replicas.get(replica_id), observation, digests, hosting)
             for replica_id in (*members[group.name], *leaving[group.name])
         }
         published[group.name] = [id_ for id_, status in statuses.items() if status.state is ActorState.READY]
@@ -211,7 +236,8 @@ def compute_plan(spec: ClusterSpec, desired: DesiredState, observation: Observat
                 published[group.name].remove(replica_id)
         replicas |= statuses
     routers = {router_id: _judge_router(router_id, observation) for router_id in spec.router_ids}
-    table = _build_table(spec, observation, published, memory.table)
+    table = _build_table(spec, observation, published, hosting, memory.table)
+    hostings, changes = _plan_hostings(spec, observation, members, digests, hosting, table)
     creations, create_at_s = _plan_creations(spec, desired, observation, memory.create_at_s)
     leaving_ids = frozenset(replica_id for ids in leaving.values() for replica_id in ids)
     published_ids = frozenset(replica_id for ids in published.values() for replica_id in ids)
@@ -223,8 +249,8 @@ def compute_plan(spec: ClusterSpec, desired: DesiredState, observation: Observat
         routers=routers,
         leaving_ids=leaving_ids,
         # Pushes first: they do not need Ray.
-        actions=(*_plan_pushes(spec, observation, table), *creations, *departures),
-        waiting=(*waiting, *delays),
+        actions=(*_plan_pushes(spec, observation, table), *creations, *hostings, *departures),
+        waiting=(*waiting, *changes, *delays),
         memory=Memory(table=table, digests=digests, create_at_s=create_at_s),
     )
 
@@ -253,17 +279,38 @@ def _find_leaving(spec: ClusterSpec, desired: DesiredState, observation: Observa
     return {name: tuple(ids) for name, ids in leaving.items()}
 
 
-def _extend_digests(spec: ClusterSpec, observation: Observation, known: Mapping[str, str]) -> dict[str, str]:
-    digests = dict(known)
-    for group in spec.groups:
-        for record in observation.replicas.values():
-            if record.group_name == group.name and record.state is StartState.READY and record.hosted == group.hosted:
-                digests.setdefault(group.name, record.weight_digest)
-    return digests
+def _extend_digests(observation: Observation, known: Mapping[Held, str], hosting: Hosting) -> dict[Held, str]:
+    """The first digest seen counts for as long as somebody holds those experts, or shall."""
+    shall = {Held(name, hosted) for named in (hosting.published, hosting.desired) for name, hosted in named.items()}
+    held: dict[Held, str] = {}
+    for record in observation.replicas.values():
+        if record.state is StartState.READY and record.group_name in hosting.desired:
+            held.setdefault(Held(record.group_name, record.hosted), record.weight_digest)
+    return held | {key: digest for key, digest in known.items() if key in held or key in shall}
+
+
+def _list_holders(
+    group_name: str,
+    member_ids: Sequence[str],
+    observation: Observation,
+    digests: Mapping[Held, str],
+    hosting: Hosting,
+) -> list[ReplicaRecord]:
+    """Records of the members that serve what the table names."""
+    records = [record for id_ in member_ids if (record := observation.replicas.get(id_)) is not None]
+    return [
+        record
+        for record in records
+        if _judge_replica(group_name, record, observation, digests, hosting).state is ActorState.READY
+    ]
 
 
 def _judge_replica(
-    group: GroupSpec, record: ReplicaRecord | None, observation: Observation, digests: Mapping[str, str]
+    group_name: str,
+    record: ReplicaRecord | None,
+    observation: Observation,
+    digests: Mapping[Held, str],
+    hosting: Hosting,
 ) -> ActorStatus:
     if record is None:
         return ActorStatus(ActorState.STARTING, "waiting for a process")
@@ -271,14 +318,15 @@ def _judge_replica(
         return ActorStatus(ActorState.STARTING, record.message)
     if record.state is StartState.FAILED:
         return ActorStatus(ActorState.DEAD, record.message)
-    if record.hosted != group.hosted:
-        return ActorStatus(ActorState.DEAD, f"refused: it hosts other experts than group {group.name}")
-    if record.weight_digest != digests[group.name]:
+    known = digests[Held(group_name, record.hosted)]
+    if record.weight_digest != known:
         return ActorStatus(
             ActorState.DEAD,
-            f"refused: its weights ({record.weight_digest[:12]}) differ from those of group {group.name} "
-            f"({digests[group.name][:12]}); make every node read the same checkpoint",
+            f"refused: its weights ({record.weight_digest[:12]}) differ from those of group {group_name} "
+            f"({known[:12]}); make every node read the same checkpoint",
         )
+    if not covers(record.hosted, hosting.published[group_name]):
+        return ActorStatus(ActorState.STARTING, "lacks experts that its group was given")
     match observation.replica_health.get((record.actor_id, record.incarnation)):
         case Health.GONE:
             return ActorStatus(ActorState.DEAD, "does not answer health checks")
@@ -317,12 +365,16 @@ def _explain_not_serving(replica_id: str, status: ActorStatus, observation: Obse
 
 
 def _build_table(
-    spec: ClusterSpec, observation: Observation, published: Mapping[str, list[str]], previous: ExpertTable
+    spec: ClusterSpec,
+    observation: Observation,
+    published: Mapping[str, list[str]],
+    hosting: Hosting,
+    previous: ExpertTable,
 ) -> ExpertTable:
     groups = tuple(
         GroupEntry(
             name=group.name,
-            hosted=group.hosted,
+            hosted=hosting.published[group.name],
             replicas=tuple(_build_entry(observation.replicas[replica_id]) for replica_id in published[group.name]),
         )
         for group in spec.groups
@@ -339,6 +391,38 @@ def _build_table(
     if groups == previous.groups and held <= previous.version:
         return previous
     return ExpertTable(version=max(previous.version, held) + 1, groups=groups)
+
+
+def _plan_hostings(
+    spec: ClusterSpec,
+    observation: Observation,
+    members: Mapping[str, Sequence[str]],
+    digests: Mapping[Held, str],
+    hosting: Hosting,
+    table: ExpertTable,
+) -> tuple[list[Action], list[Waiting]]:
+    """What members that serve, or could, should hold instead."""
+    actions: list[Action] = []
+    delays: list[Waiting] = []
+    behind_id = _find_router_behind(spec, observation, table)
+    for group_name, member_ids in members.items():
+        shall_hold = hosting.get_wanted(group_name)
+        for replica_id in member_ids:
+            record = observation.replicas.get(replica_id)
+            if record is None or record.state is not StartState.READY:
+                continue
+            # Nothing is released that a router may still ask for.
+            wanted = shall_hold if behind_id is None else merge_ranges(record.hosted, shall_hold)
+            if record.hosted == wanted:
+                continue
+            health = observation.replica_health.get((replica_id, record.incarnation))
+            if health is Health.GONE or record.weight_digest != digests[Held(group_name, record.hosted)]:
+                continue
+            reason = "its group holds other experts now" if hosting.is_published else "its group gets other experts"
+            delays.append(Waiting(f"replica {replica_id}", f"loads or releases experts: {reason}"))
+            if observation.existing_ids is not None and not observation.draining:
+                actions.append(HostExperts(replica_id, record.incarnation, wanted, reason))
+    return actions, delays
 
 
 def _build_entry(record: ReplicaRecord) -> ReplicaEntry:

@@ -222,6 +222,7 @@ class _ReplicaProbe(_Probe):
             busy_share=answer.busy_share,
             queue_ms=answer.queue_ms,
             pairs_per_busy_s=answer.num_pairs / busy_s if busy_s > 0 else None,
+            pairs_per_s=answer.num_pairs / answer.window_s if answer.window_s > 0 else 0.0,
         )
 
 

@@ -1,4 +1,7 @@
-"""`shoal rebalance --dry-run`: what hosting hot experts in more groups would gain, by what the groups have counted."""
+"""`shoal rebalance`: move and copy hot experts between groups while they serve, and tell what it gained.
+
+With --dry-run only what it would gain, by what the groups have counted.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,18 @@ import contextlib
 import json
 
 from cluster.admin_client import connect
-from cluster.rebalance_view import render_rebalance
+from cluster.rebalance_view import render_measured, render_rebalance
 
 
 def run(options: argparse.Namespace) -> int:
     with contextlib.closing(connect(options.url)) as admin:
-        view = admin.fetch_rebalancing(options.extra_share)
-    print(json.dumps(view, indent=2) if options.json else render_rebalance(view))
+        if options.dry_run:
+            view = admin.fetch_rebalancing(options.extra_share)
+            print(json.dumps(view, indent=2) if options.json else render_rebalance(view))
+            return 0
+        current = admin.rebalance(options.extra_share)
+        if not options.json:
+            print(render_rebalance(current["expected"]), flush=True)
+        current = admin.wait_rebalanced(current["number"], options.timeout)
+    print(json.dumps(current, indent=2) if options.json else render_measured(current["measured"]))
     return 0

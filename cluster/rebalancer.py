@@ -114,6 +114,24 @@ def rebalance(
     )
 
 
+def plan_round(current: BoolArray, target: BoolArray, max_copies: Sequence[int]) -> BoolArray | None:
+    """The next placement on the way to target, shaped like both, so that no group ever holds more than its most copies
+    while new ones are loaded beside old ones; None once it is reached.
+
+    A group whose memory is full still gets one copy beside what it has. An expert is only released where a group that
+    shall keep it has it.
+    """
+    if (current == target).all():
+        return None
+    result = current.copy()
+    for group, most in enumerate(max_copies):
+        arriving = np.flatnonzero(target[group] & ~current[group])
+        room = max(1, most - int(current[group].sum()))
+        result[group].reshape(-1)[arriving[:room]] = True
+    has_lasting_host = (result & target).any(axis=0)  # [num_layers, n_routed_experts]
+    return result & (target | ~has_lasting_host)
+
+
 def compute_balance(load: npt.NDArray[np.int64], speeds: FloatArray, placement: BoolArray) -> Balance:
     """How even a placement is under a load; see rebalance for the shapes. 1.0 everywhere without any load."""
     shares = load / np.maximum(1, placement.sum(axis=0))  # [num_layers, n_routed_experts]

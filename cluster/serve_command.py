@@ -215,6 +215,8 @@ def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: M
         own_ray=settings.address is None,
         autoscale=tuple((pattern, rule.build_rule()) for pattern, rule in settings.autoscale.items()),
         autoscale_dry_run=settings.autoscale_dry_run,
+        rebalance_interval_s=settings.rebalance_interval_s,
+        rebalance_extra_share=settings.rebalance_extra_share,
         device=settings.device,
         tls_dir=settings.resolved_cluster_tls_dir,
     )

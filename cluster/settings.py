@@ -181,6 +181,13 @@ class ServeSettings(BaseModel):
         description='replicas by load, e.g. {"g*": {min: 1, max: 4}}, the first pattern that matches; empty: fixed',
     )
     autoscale_dry_run: bool = Field(False, description="let `shoal plan` say what autoscaling would do, and do nothing")
+    rebalance_interval_s: Annotated[float, Field(ge=10, le=86400)] | None = Field(
+        None,
+        description="seconds between two looks of the balancer for experts to move or copy; None: when it is asked",
+    )
+    rebalance_extra_share: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.12, description="memory for further copies of hot experts, as a part of what each expert group begins with"
+    )
     drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = Field(
         120.0, description="seconds that running requests may take to end when the cluster stops"
     )

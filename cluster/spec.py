@@ -68,6 +68,9 @@ class ClusterSpec:
     autoscale: tuple[tuple[str, AutoscaleRule], ...] = ()
     # Decide and say so, but change nothing.
     autoscale_dry_run: bool = False
+    # How often the balancer looks by itself (None: never), and which part of memory it may use for further copies.
+    rebalance_interval_s: float | None = None
+    rebalance_extra_share: float = 0.12
     # Where routers and replicas compute, and what each asks Ray for (cluster/gpu_share.py).
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus_per_actor: float = 0.0

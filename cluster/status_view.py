@@ -13,6 +13,7 @@ from cluster.planner import (
     CreateReplica,
     CreateRouter,
     DrainReplica,
+    HostExperts,
     Observation,
     Plan,
     PushTable,
@@ -65,11 +66,13 @@ def _describe_group(
     plan: Plan,
     loads: Mapping[tuple[str, int], ReplicaLoad],
 ) -> dict[str, Any]:
+    entry = plan.table.group(group.name)
+    hosted = group.hosted if entry is None else entry.hosted
     return {
         "name": group.name,
         "desired_replicas": len(desired.get_group(group.name).member_ids),
-        "experts": [[block.expert_start, block.expert_end] for block in group.hosted],
-        "layers": [[block.layer_start, block.layer_end] for block in group.hosted],
+        "experts": [[block.expert_start, block.expert_end] for block in hosted],
+        "layers": [[block.layer_start, block.layer_end] for block in hosted],
         "replicas": [
             {
                 "id": replica_id,
@@ -119,7 +122,7 @@ def build_plan_view(
 ) -> dict[str, Any]:
     """What the controller does now and what it waits for.
 
-    action of a step is one of push, create, drain, remove, wait, replace.
+    action of a step is one of push, create, host, drain, remove, wait, replace.
     """
     steps: list[dict[str, str]] = []
     for action in plan.actions:
@@ -130,6 +133,8 @@ def build_plan_view(
                 steps.append(_make_step(f"router {router_id}", "create", action.reason))
             case CreateReplica(replica_id):
                 steps.append(_make_step(f"replica {replica_id}", "create", action.reason))
+            case HostExperts(replica_id):
+                steps.append(_make_step(f"replica {replica_id}", "host", action.reason))
             case DrainReplica(replica_id):
                 steps.append(_make_step(f"replica {replica_id}", "drain", action.reason))
             case RemoveReplica(replica_id):
@@ -184,7 +189,7 @@ def render_status(status: Mapping[str, Any]) -> str:
         running = f"{router['num_running']} running, {router['num_waiting']} waiting" if "num_running" in router else ""
         rows.append((f"router {router['id']}", *_render_process(router), router["message"] or running))
     for group in status["groups"]:
-        experts = ", ".join(f"experts {start}-{end - 1}" for start, end in group["experts"])
+        experts = _render_experts(group)
         for replica in group["replicas"]:
             rows.append((f"group {replica['id']}", *_render_process(replica), replica["message"] or experts))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -203,6 +208,15 @@ def _render_process(item: Mapping[str, Any]) -> tuple[str, str, str, str]:
         item["node"] or "-",
         item["endpoint"] or "-",
     )
+
+
+def _render_experts(group: Mapping[str, Any]) -> str:
+    """Which experts, or how many where a rebalancing has made them differ from layer to layer."""
+    if len({tuple(layers) for layers in group["layers"]}) == 1:
+        return ", ".join(f"experts {start}-{end - 1}" for start, end in group["experts"])
+    areas = zip(group["experts"], group["layers"], strict=True)
+    count = sum((end - start) * (last - first) for (start, end), (first, last) in areas)
+    return f"{count} (layer, expert) pairs, rebalanced"
 
 
 def list_failures(status: Mapping[str, Any], max_failed_starts: int) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.errors import BadRecord
-from cluster.planner import Memory
+from cluster.planner import Held, Memory
 from experts.expert_range import ExpertRange
 from router.expert_table import ExpertTable, GroupEntry, ReplicaEntry
 
@@ -22,7 +22,11 @@ def memory_to_json(memory: Memory) -> bytes:
         }
         for group in memory.table.groups
     ]
-    document = {"version": memory.table.version, "groups": groups, "digests": dict(memory.digests)}
+    digests = [
+        {"group": held.group_name, "hosted": [asdict(block) for block in held.hosted], "digest": digest}
+        for held, digest in memory.digests.items()
+    ]
+    document = {"version": memory.table.version, "groups": groups, "digests": digests}
     return json.dumps(document).encode()
 
 
@@ -38,6 +42,10 @@ def memory_from_json(data: bytes) -> Memory:
             )
             for group in document["groups"]
         )
-        return Memory(table=ExpertTable(version=document["version"], groups=groups), digests=document["digests"])
+        digests = {
+            Held(item["group"], tuple(ExpertRange(**block) for block in item["hosted"])): str(item["digest"])
+            for item in document["digests"]
+        }
+        return Memory(table=ExpertTable(version=document["version"], groups=groups), digests=digests)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRecord(f"the stored expert table cannot be read: {error}") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,6 +51,45 @@ def split_experts(config: ModelConfig, num_groups: int) -> list[tuple[ExpertRang
         raise ConfigError("the model has no layer with routed experts: first_k_dense_replace covers all of them")
     bounds = [group * config.n_routed_experts // num_groups for group in range(num_groups + 1)]
     return [(ExpertRange(layer_ids[0], layer_ids[-1] + 1, start, end),) for start, end in pairwise(bounds)]
+
+
+@functools.lru_cache(maxsize=256)
+def merge_ranges(*parts: tuple[ExpertRange, ...]) -> tuple[ExpertRange, ...]:
+    """What any of the parts covers, as disjoint rectangles in ascending order; the same for the same pairs.
+
+    Runs of experts are as long as can be, and joined over consecutive layers while they are the same.
+    """
+    ranges = [block for part in parts for block in part]
+    bounds = sorted({bound for block in ranges for bound in (block.layer_start, block.layer_end)})
+    merged: list[ExpertRange] = []
+    open_runs: dict[tuple[int, int], int] = {}  # run of experts -> layer in which its rectangle begins
+    for start, end in pairwise([*bounds, bounds[-1] + 1] if bounds else []):
+        covering = [(b.expert_start, b.expert_end) for b in ranges if b.layer_start <= start and end <= b.layer_end]
+        runs = set(_join_runs(covering))
+        for run in open_runs.keys() - runs:
+            merged.append(ExpertRange(open_runs.pop(run), start, *run))
+        for run in runs:
+            open_runs.setdefault(run, start)
+    return tuple(sorted(merged))
+
+
+def covers(outer: tuple[ExpertRange, ...], inner: tuple[ExpertRange, ...]) -> bool:
+    """Whether every (layer, expert) pair of inner is in outer too."""
+    return merge_ranges(outer, inner) == merge_ranges(outer)
+
+
+def _join_runs(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Half-open runs that touch or overlap, as one each."""
+    current: tuple[int, int] | None = None
+    for start, end in sorted(runs):
+        if current is None or start > current[1]:
+            if current is not None:
+                yield current
+            current = start, end
+        else:
+            current = current[0], max(current[1], end)
+    if current is not None:
+        yield current
 
 
 def list_hosted_pairs(config: ModelConfig, hosted: tuple[ExpertRange, ...]) -> Iterator[tuple[int, int]]:

@@ -17,6 +17,7 @@ from experts.errors import BadFrame, NotHosted, Overloaded
 from experts.expert_range import ExpertRange
 from experts.frame_transfer import PendingResult, make_frame_transfer
 from experts.kernels.expert_kernel import NativeKernel
+from experts.model_config import ModelConfig
 from experts.native_serving import FrameFunction, make_frame_function
 from experts.weights import ExpertWeights
 from experts.wire import MAX_MESSAGE_BYTES, ComputeFrame, WireFormat, compute_max_rows, compute_row_bytes
@@ -25,18 +26,30 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertGroup:
-    """Computes frames with the experts it owns. Not thread-safe for speed: callers take turns."""
+    """Computes frames with the experts it owns. Not thread-safe for speed: callers take turns; use() by any thread."""
 
     def __init__(self, weights: ExpertWeights, *, end_process: Callable[[], object] = lambda: os._exit(1)) -> None:
         """end_process: called when the card has failed, after which nothing can be computed in this process."""
-        self._weights = weights
+        self._hosting = _Hosting(weights)
         self._end_process = end_process
-        self._hosted_experts = {
-            layer_id: _mark_hosted(weights.config.n_routed_experts, tuple(experts))
-            for layer_id, experts in weights.layers.items()
-        }
         self.numerics_id = weights.kernel.numerics_id
         self._transfer = make_frame_transfer(weights.kernel.device)
+
+    @property
+    def _weights(self) -> ExpertWeights:
+        return self._hosting.weights
+
+    def use(self, weights: ExpertWeights) -> None:
+        """Go on with other experts of the same checkpoint and kernel; frames being computed end with those before."""
+        self._hosting = _Hosting(weights)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        return self._weights
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._weights.config
 
     @property
     def hosted(self) -> Sequence[ExpertRange]:
@@ -62,10 +75,13 @@ class ExpertGroup:
         weights = self._weights
         if not isinstance(weights.kernel, NativeKernel):
             return None
-        return make_frame_function(weights.kernel.kernel, weights.layers, weights.dtype)
+        return make_frame_function(weights.kernel.kernel, weights.layers, weights.dtype, weights.config)
 
     def check_frame(self, frame: ComputeFrame) -> None:
         """Raise NotHosted for a pair that is not ours and BadFrame for sizes that are not the model's."""
+        self._check_frame(frame, self._hosting)
+
+    def _check_frame(self, frame: ComputeFrame, hosting: _Hosting) -> None:
         hidden_size = frame.hidden_states.shape[1]
         if hidden_size != self.hidden_size:
             raise BadFrame(f"hidden size: expected {self.hidden_size}, got {hidden_size}", frame_id=frame.frame_id)
@@ -75,7 +91,7 @@ class ExpertGroup:
                 f"the answer would take {result_bytes} bytes, more than one message holds: send fewer rows",
                 frame_id=frame.frame_id,
             )
-        marked = self._hosted_experts.get(frame.layer_id)
+        marked = hosting.marked.get(frame.layer_id)
         if marked is None:
             raise NotHosted(f"layer {frame.layer_id} is not hosted here")
         if frame.pair_experts.max() >= len(marked) or not marked[frame.pair_experts].all():
@@ -104,22 +120,35 @@ class ExpertGroup:
 
         Raises NotHosted or BadFrame, see check_frame, and Overloaded if the device's memory does not suffice now.
         """
-        self.check_frame(frame)
+        hosting = self._hosting
+        self._check_frame(frame, hosting)
+        weights = hosting.weights
         reply_dtype = torch.float32 if frame.reply_dtype == torch.float8_e4m3fn else frame.reply_dtype
         try:
             with self._transfer.computing():
-                hidden_states = self._transfer.send(frame, self._weights.dtype)
-                result = self._weights.kernel.expert_ffn(
+                hidden_states = self._transfer.send(frame, weights.dtype)
+                result = weights.kernel.expert_ffn(
                     hidden_states,
                     frame.pair_rows,
                     frame.pair_experts,
                     frame.pair_weights,
-                    self._weights.layers[frame.layer_id],
+                    weights.layers[frame.layer_id],
                     exact=frame.exact,
                 )
                 return self._transfer.fetch(result, reply_dtype)
         except torch.OutOfMemoryError as error:
             raise Overloaded(f"no memory for a frame of {frame.hidden_states.shape[0]} rows on the device") from error
+
+
+class _Hosting:
+    """Weights, and for each layer bool [n_routed_experts]: whether an expert is hosted. Never changed."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.weights = weights
+        self.marked = {
+            layer_id: _mark_hosted(weights.config.n_routed_experts, tuple(experts))
+            for layer_id, experts in weights.layers.items()
+        }
 
 
 def _mark_hosted(n_routed_experts: int, experts: Sequence[int]) -> np.ndarray:

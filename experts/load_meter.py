@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from experts.expert_range import ExpertRange
+from experts.model_config import ModelConfig
 from experts.v1 import experts_pb2
 
 # Long enough to be steady, short enough to follow a step of the load within seconds.
@@ -165,10 +165,9 @@ class LoadMeter:
         self._half_started_s = now_s
 
 
-def make_load_meter(hosted: Sequence[ExpertRange], now_s: float) -> LoadMeter:
-    """A meter for what one replica hosts."""
-    layer_ids = sorted({layer_id for block in hosted for layer_id in range(block.layer_start, block.layer_end)})
-    return LoadMeter(layer_ids, max(block.expert_end for block in hosted), now_s)
+def make_load_meter(config: ModelConfig, now_s: float) -> LoadMeter:
+    """A meter for whatever a replica of the model may host while it lives."""
+    return LoadMeter(config.moe_layer_ids, config.n_routed_experts, now_s)
 
 
 def load_to_proto(meter: LoadMeter, incarnation: int, now_s: float, with_pairs: bool) -> experts_pb2.LoadResponse:

@@ -19,6 +19,7 @@ import torch
 
 from experts.kernels.cpu_ffn import CpuKernel, PackedLayer, load_library
 from experts.load_meter import SLOT_S, LoadMeter, LoadSlot, LoadSums
+from experts.model_config import ModelConfig
 from experts.native_link import NativeLink
 from experts.v1 import experts_pb2
 
@@ -117,6 +118,11 @@ class NativeServing:
         addresses = (ctypes.c_void_p * len(links))(*(link.address for link in links))
         self._library.shoal_serve(self._server, epoll_descriptor, addresses, len(links))
 
+    def use(self, function: FrameFunction) -> None:
+        """Go on with other experts. By the thread that serves; of the same sizes and dtype as the function before."""
+        self._library.shoal_server_use(self._server, function.context)
+        self._function = function
+
     def disable(self) -> None:
         """Answer no frame any more."""
         self._library.shoal_server_enable(self._server, 0)
@@ -146,14 +152,15 @@ def make_native_serving(function: FrameFunction | None, incarnation: int, meter:
 
 
 def make_frame_function(
-    kernel: CpuKernel, layers: Mapping[int, Mapping[int, Any]], dtype: torch.dtype
+    kernel: CpuKernel, layers: Mapping[int, Mapping[int, Any]], dtype: torch.dtype, config: ModelConfig
 ) -> FrameFunction | None:
-    """Of packed layers by id; None if there is none. dtype: of the kernel's rows."""
+    """Of packed layers by id; None if there is none. dtype: of the kernel's rows. Its sizes are the model's, so that
+    it can be followed by one of other experts."""
     library = load_library()
     packed = {layer_id: layer for layer_id, layer in layers.items() if isinstance(layer, PackedLayer)}
     if library is None or not packed or dtype not in _WIRE_DTYPES:
         return None
-    table = (_HostedLayer * (max(packed) + 1))()
+    table = (_HostedLayer * config.num_layers_total)()
     for layer_id, layer in packed.items():
         table[layer_id] = _HostedLayer(
             ctypes.addressof(layer.gate_up),
@@ -169,6 +176,6 @@ def make_frame_function(
         dtype=dtype,
         hidden_size=next(iter(packed.values())).hidden_size,
         num_layers=len(table),
-        num_experts=max(len(layer.slots) for layer in packed.values()),
+        num_experts=config.n_routed_experts,
         kept_alive=(hosted, table, packed),
     )

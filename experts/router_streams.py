@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from experts.http2_stream import MessageStream, StreamEnded, make_server_opening, make_trailers
@@ -104,6 +105,7 @@ class RouterStreams:
         self._streams: dict[int, RouterStream] = {}
         self._lock = threading.Lock()
         self._adopted: list[StreamSocket] = []
+        self._calls: list[tuple[Callable[[], None], Future[None]]] = []
         self._wake_in, self._wake_out = socket.socketpair()
         self._poll.register(self._wake_in, select.EPOLLIN)
         self._is_closing = False
@@ -120,6 +122,26 @@ class RouterStreams:
                 self._wake_out.send(b"x")
                 return
         connection.close()
+
+    def call(self, function: Callable[[], None], timeout_s: float) -> None:
+        """Have the thread call a function between two frames, and wait for it. From any other thread.
+
+        Raises TimeoutError if its turn does not come in time, and then it never does; RuntimeError if the streams are
+        closing; or what the function raises.
+        """
+        done: Future[None] = Future()
+        with self._lock:
+            if self._is_closing:
+                raise RuntimeError("the expert server stops")
+            self._calls.append((function, done))
+            self._wake_out.send(b"x")
+        try:
+            done.result(timeout_s)
+        except TimeoutError:
+            if not done.cancel():
+                done.result()
+                return
+            raise
 
     def end_stream(self, stream: RouterStream, code: int, message: str) -> None:
         """End one stream with a gRPC status. From the thread."""
@@ -150,6 +172,7 @@ class RouterStreams:
                     if number == self._wake_in.fileno():
                         self._wake_in.recv(1024)
                         self._take_adopted(received)
+                        self._make_calls()
                     elif (stream := self._streams.get(number)) is not None:
                         self._look_at(stream, mask, received)
                 if received:
@@ -169,6 +192,9 @@ class RouterStreams:
                 self._is_closing = True
                 for connection in self._adopted:
                     connection.close()
+                calls, self._calls = self._calls, []
+            for _, done in calls:
+                done.set_exception(RuntimeError("the expert server stops"))
             self._poll.close()
             self._wake_in.close()
             self._wake_out.close()
@@ -247,6 +273,19 @@ class RouterStreams:
                 self._poll.register(stream.number, stream.mask)
                 # Over TLS, messages may have come together with the opening, and epoll does not tell of them.
                 self._look_at(stream, select.EPOLLIN, received)
+
+    def _make_calls(self) -> None:
+        with self._lock:
+            calls, self._calls = self._calls, []
+        for function, done in calls:
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                function()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
     def _drop(self, stream: RouterStream, last: Sequence[bytes] = ()) -> None:
         if self._streams.pop(stream.number, None) is None:

@@ -37,6 +37,7 @@ from experts.router_streams import (
 )
 from experts.tls import ClusterTls, check_listen_address
 from experts.v1 import experts_pb2
+from experts.weights import ExpertWeights
 from experts.wire import COMPUTE_METHOD, MAX_MESSAGE_BYTES, SERVICE_NAME, Buffer, ComputeFrame, ComputeStatus
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ _SERVER_OPTIONS = (
 # Of the gRPC server behind the front door.
 _INNER_HOST = "127.0.0.1"
 _DOOR_TIMEOUT_S = 1.0
+# A frame of many rows may take seconds.
+_CHANGE_TIMEOUT_S = 60.0
 
 _STATUS_OF_ERROR: dict[type[ExpertsError], ComputeStatus] = {
     BadFrame: ComputeStatus.BAD_REQUEST,
@@ -108,7 +111,7 @@ class ExpertServer:
         self._host = host
         self._port = port
         self._batcher = Batcher(group)
-        self._meter = make_load_meter(group.hosted, time.monotonic())
+        self._meter = make_load_meter(group.config, time.monotonic())
         self._state = threading.Condition()
         self._num_streams = 0
         self._is_draining = False
@@ -145,6 +148,20 @@ class ExpertServer:
         """Streams open now."""
         with self._state:
             return self._num_streams
+
+    def use_weights(self, weights: ExpertWeights) -> None:
+        """Go on with other experts of the same checkpoint, between two frames. From any thread but that of the streams.
+
+        Raises TimeoutError if a frame takes longer than _CHANGE_TIMEOUT_S; nothing has changed then.
+        """
+        self._streams.call(lambda: self._change_weights(weights), _CHANGE_TIMEOUT_S)
+
+    def _change_weights(self, weights: ExpertWeights) -> None:
+        """By the thread of the streams: the native loop computes in no other."""
+        self._group.use(weights)
+        function = self._group.frame_function
+        if self._native is not None and function is not None:
+            self._native.use(function)
 
     def drain(self, grace_s: float) -> None:
         """Leave: report NOT_SERVING at once, go on answering until every stream is closed or grace_s is over,

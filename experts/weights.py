@@ -1,13 +1,21 @@
-"""The routed experts of one group, loaded from the checkpoint by byte range and packed for a kernel."""
+"""The routed experts of one group, loaded from the checkpoint by byte range and packed for a kernel.
+
+A few threads read and hash while one packs, so that a start takes as long as the disk does. Experts can be added to a
+group and taken from it while it serves: what is there already is packed already, and stays where it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from experts.checkpoint import Checkpoint, TensorInfo, decode_tensor
@@ -17,7 +25,7 @@ from experts.kernels.cpu_ffn import ScaledWeight
 from experts.kernels.expert_kernel import ExpertKernel, choose_expert_kernel
 from experts.load_progress import LoadProgress
 from experts.model_config import ModelConfig
-from experts.staging import Staging, compute_offsets
+from experts.staging import NUM_BUFFERS, Staging, compute_offsets
 from experts.tensor_names import list_expert_tensors
 
 logger = logging.getLogger(__name__)
@@ -28,20 +36,35 @@ _STORED_DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
 }
+_MORE_GROUPS = "serve them with more expert groups, or in bfloat16"
+
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """layers: layer id -> expert id -> packed expert, in kernel's own form. digest: see load_expert_weights."""
+    """layers: layer id -> expert id -> packed expert, in kernel's own form. expert_digests: SHA-256 of an expert's
+    bytes as stored, by tensor name, for each (layer, expert). resident_bytes: in the device's memory."""
 
     config: ModelConfig
     hosted: tuple[ExpertRange, ...]
     dtype: torch.dtype
     kernel: ExpertKernel
     layers: Mapping[int, Mapping[int, Any]]
+    expert_digests: Mapping[Pair, bytes]
     digest: str
-    stored_bytes: int
     resident_bytes: int
+
+
+class _Planned(NamedTuple):
+    """An expert to be read. tensors: sorted by name."""
+
+    pair: Pair
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def offsets(self) -> list[int]:
+        return compute_offsets([info.size_bytes for info in self.tensors])
 
 
 def load_expert_weights(
@@ -56,61 +79,159 @@ def load_expert_weights(
     """Load every hosted expert, reading each byte once, expert by expert, and packing it where it will be used.
 
     All headers are checked before the first weight is read. dtype: to compute in. device: where; host memory then
-    holds two experts at most. kernel: None chooses the device's best; one that is given knows its own device.
-    The digest is the SHA-256 (hex) of all bytes as stored, in (layer, expert, tensor name) order, so two replicas
-    have the same digest exactly if they hold the same experts of the same checkpoint. on_fraction: see LoadProgress.
+    holds a few experts at most. kernel: None chooses the device's best; one that is given knows its own device.
+    The digest is the SHA-256 (hex) of the experts' digests in (layer, expert) order, so two replicas have the same
+    digest exactly if they hold the same experts of the same checkpoint. on_fraction: see LoadProgress.
     Raises ConfigError for a range outside the model, CheckpointError for what is wrong with the files and
     NotEnoughMemory, all of them before the first weight is read where they can be.
     """
-    ranges = tuple(hosted)
-    plan = [
-        (layer_id, expert_id, _plan_expert(checkpoint, layer_id, expert_id))
-        for layer_id, expert_id in list_hosted_pairs(checkpoint.config, ranges)
-    ]
-    stored_bytes = sum(info.size_bytes for _, _, tensors in plan for info in tensors)
     config = checkpoint.config
-    weight_dtypes = {_STORED_DTYPES[info.dtype] for _, _, tensors in plan for info in tensors if not _is_scale(info)}
+    plan = _plan_experts(checkpoint, list_hosted_pairs(config, tuple(hosted)))
+    weight_dtypes = {_STORED_DTYPES[info.dtype] for item in plan for info in item.tensors if not _is_scale(info)}
     block = config.quantization.weight_block_size if config.quantization is not None else (1, 1)
     if kernel is None:
         kernel = choose_expert_kernel(dtype, weight_dtypes, block, device)
-    shape = (len(plan), config.hidden_size, config.moe_intermediate_size, next(iter(weight_dtypes)))
-    resident_bytes = kernel.count_bytes(*shape)
+    shape = (config.hidden_size, config.moe_intermediate_size, next(iter(weight_dtypes)))
+    resident_bytes = kernel.count_bytes(len(plan), *shape)
     working_bytes = kernel.count_working_bytes(config.hidden_size, config.moe_intermediate_size)
+    check_device_memory(kernel.device, resident_bytes + working_bytes, f"{len(plan)} experts", _MORE_GROUPS)
+    room = kernel.reserve(len(plan), *shape)
+    packed: dict[int, dict[int, Any]] = {}
+    digests: dict[Pair, bytes] = {}
+    for (layer_id, expert_id), digest, (gate, up, down) in _read_experts(checkpoint, plan, kernel.device, on_fraction):
+        packed.setdefault(layer_id, {})[expert_id] = kernel.pack_expert(gate, up, down, room)
+        digests[layer_id, expert_id] = digest
+    layers = {layer_id: kernel.build_layer(experts) for layer_id, experts in packed.items()}
+    return ExpertWeights(config, tuple(hosted), dtype, kernel, layers, digests, _join_digests(digests), resident_bytes)
+
+
+def change_hosted(
+    weights: ExpertWeights,
+    checkpoint: Checkpoint,
+    hosted: Sequence[ExpertRange],
+    on_fraction: Callable[[float], None] | None = None,
+) -> ExpertWeights:
+    """The weights of other experts: those that are there already are taken over, the rest is read.
+
+    weights stay as they are, for frames that are being computed; memory that only they use is given back once nobody
+    has them any more. Raises what load_expert_weights raises.
+    """
+    config, kernel = weights.config, weights.kernel
+    wanted = list(list_hosted_pairs(config, tuple(hosted)))
+    plan = _plan_experts(checkpoint, (pair for pair in wanted if pair not in weights.expert_digests))
+    wanted_layers = {
+        layer_id: [expert_id for _, expert_id in pairs]
+        for layer_id, pairs in itertools.groupby(wanted, key=lambda pair: pair[0])
+    }
+    is_new = {item.pair for item in plan}
+    changed = {
+        layer_id: ids for layer_id, ids in wanted_layers.items() if ids != list(weights.layers.get(layer_id, ()))
+    }
+    num_packed = sum(map(len, changed.values())) if kernel.needs_whole_layers else len(plan)
+    stored_dtype = _find_stored_dtype(checkpoint, wanted[0])
+    shape = (config.hidden_size, config.moe_intermediate_size, stored_dtype)
     check_device_memory(
-        kernel.device,
-        resident_bytes + working_bytes,
-        f"{len(plan)} experts",
-        "serve them with more expert groups, or in bfloat16",
+        kernel.device, kernel.count_bytes(num_packed, *shape), f"{num_packed} experts beside those there", _MORE_GROUPS
     )
-    progress = LoadProgress(stored_bytes, "expert weights", on_fraction=on_fraction)
-    digest = hashlib.sha256()
-    room = kernel.reserve(*shape)
-    staging = Staging(
-        kernel.device, max(compute_offsets([info.size_bytes for info in tensors])[-1] for _, _, tensors in plan)
+    room = kernel.reserve(num_packed, *shape) if num_packed else None
+    arriving = _read_experts(checkpoint, plan, kernel.device, on_fraction)
+    digests = {pair: weights.expert_digests[pair] for pair in wanted if pair not in is_new}
+    layers = {layer_id: weights.layers[layer_id] for layer_id in wanted_layers if layer_id not in changed}
+    # In the order in which they are read, which is that of the layers and experts.
+    for layer_id, expert_ids in changed.items():
+        experts: dict[int, Any] = {}
+        for expert_id in expert_ids:
+            if (layer_id, expert_id) in is_new:
+                pair, digests[layer_id, expert_id], (gate, up, down) = next(arriving)
+                assert pair == (layer_id, expert_id)
+                experts[expert_id] = kernel.pack_expert(gate, up, down, room)
+            else:
+                experts[expert_id] = kernel.adopt_expert(weights.layers[layer_id][expert_id], room)
+        layers[layer_id] = kernel.build_layer(experts, is_serving=True)
+    # Runs to its end.
+    assert next(arriving, None) is None
+    resident_bytes = kernel.count_bytes(len(wanted), *shape)
+    return ExpertWeights(
+        config,
+        tuple(hosted),
+        weights.dtype,
+        kernel,
+        dict(sorted(layers.items())),
+        dict(sorted(digests.items())),
+        _join_digests(digests),
+        resident_bytes,
     )
-    layers: dict[int, dict[int, Any]] = {}
-    for layer_id, expert_id, tensors in plan:
-        stored: dict[str, torch.Tensor] = {}
-        buffer = staging.take()
-        for info, start in zip(tensors, compute_offsets([info.size_bytes for info in tensors]), strict=False):
-            raw = buffer[start : start + info.size_bytes]
-            checkpoint.read_into(info, raw)
-            digest.update(raw.data)
-            stored[info.name] = decode_tensor(info, raw)
-            progress.advance(info.size_bytes)
-        down, gate, up = (
-            ScaledWeight(stored[expected.name], stored.get(expected.scale_name), block)
-            for expected in list_expert_tensors(config, layer_id, expert_id)
-        )
-        layers.setdefault(layer_id, {})[expert_id] = kernel.pack_expert(gate, up, down, room)
-        staging.release()
+
+
+def _read_experts(
+    checkpoint: Checkpoint,
+    plan: Sequence[_Planned],
+    device: torch.device,
+    on_fraction: Callable[[float], None] | None,
+) -> Iterator[tuple[Pair, bytes, tuple[ScaledWeight, ScaledWeight, ScaledWeight]]]:
+    """Pair, digest and (gate, up, down) of each expert, in the plan's order, valid until the next is asked for."""
+    config = checkpoint.config
+    block = config.quantization.weight_block_size if config.quantization is not None else (1, 1)
+    total_bytes = sum(info.size_bytes for item in plan for info in item.tensors)
+    progress = LoadProgress(total_bytes, "expert weights", on_fraction=on_fraction)
+    if not plan:
+        return
+    staging = Staging(device, max(item.offsets[-1] for item in plan))
+    ahead: deque[tuple[_Planned, np.ndarray, Future[bytes]]] = deque()
+    remaining = iter(plan)
+    # One buffer is with the caller.
+    with ThreadPoolExecutor(NUM_BUFFERS - 1, thread_name_prefix="read-experts") as readers:
+        try:
+            while True:
+                for item in itertools.islice(remaining, NUM_BUFFERS - 1 - len(ahead)):
+                    buffer = staging.take()
+                    ahead.append((item, buffer, readers.submit(_read_expert, checkpoint, item, buffer)))
+                if not ahead:
+                    break
+                item, buffer, reading = ahead.popleft()
+                digest = reading.result()
+                stored = {
+                    info.name: decode_tensor(info, buffer[start : start + info.size_bytes])
+                    for info, start in zip(item.tensors, item.offsets, strict=False)
+                }
+                down, gate, up = (
+                    ScaledWeight(stored[expected.name], stored.get(expected.scale_name), block)
+                    for expected in list_expert_tensors(config, *item.pair)
+                )
+                yield item.pair, digest, (gate, up, down)
+                staging.release()
+                for info in item.tensors:
+                    progress.advance(info.size_bytes)
+        finally:
+            for _, _, reading in ahead:
+                reading.cancel()
     progress.finish()
-    built = {layer_id: kernel.build_layer(experts) for layer_id, experts in layers.items()}
-    return ExpertWeights(config, ranges, dtype, kernel, built, digest.hexdigest(), stored_bytes, resident_bytes)
+
+
+def _read_expert(checkpoint: Checkpoint, item: _Planned, buffer: np.ndarray) -> bytes:
+    """Fill the buffer. Returns the expert's digest."""
+    digest = hashlib.sha256()
+    for info, start in zip(item.tensors, item.offsets, strict=False):
+        raw = buffer[start : start + info.size_bytes]
+        checkpoint.read_into(info, raw)
+        digest.update(raw.data)
+    return digest.digest()
+
+
+def _join_digests(digests: Mapping[Pair, bytes]) -> str:
+    return hashlib.sha256(b"".join(digest for _, digest in sorted(digests.items()))).hexdigest()
 
 
 def _is_scale(info: TensorInfo) -> bool:
     return info.name.endswith("_scale_inv")
+
+
+def _find_stored_dtype(checkpoint: Checkpoint, pair: Pair) -> torch.dtype:
+    return next(_STORED_DTYPES[info.dtype] for info in _plan_expert(checkpoint, *pair) if not _is_scale(info))
+
+
+def _plan_experts(checkpoint: Checkpoint, pairs: Iterator[Pair]) -> list[_Planned]:
+    return [_Planned(pair, _plan_expert(checkpoint, *pair)) for pair in pairs]
 
 
 def _plan_expert(checkpoint: Checkpoint, layer_id: int, expert_id: int) -> tuple[TensorInfo, ...]:

@@ -7,6 +7,9 @@ Worked example: 3 rows, top-2 of 4 experts, experts 0-1 in group 0 and 2-3 in gr
 
 Row 0 travels once to group 0 although two of its experts live there; group 1 never sees it. A group that no row
 chose gets no frame at all.
+
+An expert that several groups host is asked of them in turns, and whose turn it is follows from the row's own weights:
+so rows spread evenly, yet a row is computed in one way whatever else is in the batch, however often it is repeated.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import numpy.typing as npt
 
 # Up to so many pairs a plan in plain Python takes less time than numpy's calls.
 _FEW_PAIRS = 32
+# Fibonacci hashing: 2^32 divided by the golden ratio (Knuth, The Art of Computer Programming 3, section 6.4).
+_MIXER = np.uint32(2654435769)
 
 
 class GroupFrame(NamedTuple):
@@ -46,20 +51,24 @@ def plan_frames(
 
     topk_ids: [num_tokens, num_experts_per_tok] int64; a negative id is no choice and is skipped.
     topk_weights: the same shape, float32.
-    expert_groups: [n_routed_experts], group index of each expert (ExpertTable.expert_groups).
+    expert_groups: [num_turns, n_routed_experts], group index of each expert (ExpertTable.expert_turns).
     Raises LookupError naming the expert if a chosen one is served by no group.
     """
     num_tokens, num_experts_per_tok = topk_ids.shape
     if not topk_ids.size:
         return []
+    turns = compute_turns(topk_weights, len(expert_groups))
     if topk_ids.size <= _FEW_PAIRS:
-        return _plan_few_frames(topk_ids, topk_weights, expert_groups)
+        return _plan_few_frames(topk_ids, topk_weights, expert_groups, turns)
     order = np.argsort(topk_ids, axis=1, kind="stable")
     # Into the flattened arrays: take_along_axis takes three times as long on a few rows.
     order += np.arange(0, num_tokens * num_experts_per_tok, num_experts_per_tok)[:, None]
     experts = topk_ids.ravel()[order.ravel()]
     weights = topk_weights.ravel()[order.ravel()]
-    groups = np.where(experts >= 0, expert_groups[experts], -2)
+    served_by = (
+        expert_groups[0, experts] if turns is None else expert_groups[turns.repeat(num_experts_per_tok), experts]
+    )
+    groups = np.where(experts >= 0, served_by, -2)
     unserved = experts[groups == -1]
     if unserved.size:
         raise LookupError(f"expert {int(unserved[0])} is served by no expert group")
@@ -93,10 +102,22 @@ def plan_frames(
     return frames
 
 
+def compute_turns(topk_weights: npt.NDArray[np.float32], num_turns: int) -> npt.NDArray[np.int64] | None:
+    """[num_tokens]: which turn each row takes, by a hash of its weights; None where there is only one.
+
+    num_turns: a power of two. scatter.h computes the same.
+    """
+    if num_turns == 1:
+        return None
+    mixed = np.ascontiguousarray(topk_weights).view(np.uint32).sum(axis=1, dtype=np.uint32) * _MIXER
+    return (mixed >> np.uint32(33 - num_turns.bit_length())).astype(np.int64)
+
+
 def _plan_few_frames(
     topk_ids: npt.NDArray[np.int64],
     topk_weights: npt.NDArray[np.float32],
     expert_groups: npt.NDArray[np.int64],
+    turns: npt.NDArray[np.int64] | None,
 ) -> list[GroupFrame]:
     """plan_frames() for a few pairs."""
     num_experts_per_tok = topk_ids.shape[1]
@@ -104,10 +125,11 @@ def _plan_few_frames(
     plans: dict[int, tuple[list[int], list[int], list[int], list[int], list[int]]] = {}
     slot = 0
     for row, ids in enumerate(topk_ids.tolist()):
+        served_by = expert_groups[0 if turns is None else turns.item(row)]
         for rank, choice in enumerate(sorted(range(num_experts_per_tok), key=ids.__getitem__)):
             expert = ids[choice]
             if expert >= 0:
-                group = expert_groups.item(expert)
+                group = served_by.item(expert)
                 if group < 0:
                     raise LookupError(f"expert {expert} is served by no expert group")
                 plan = plans.get(group)

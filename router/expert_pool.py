@@ -23,7 +23,7 @@ from experts.tls import ClusterTls
 from router.dispatch_counters import DispatchCounters
 from router.errors import ExpertsUnavailable, StaleTable, TableChanged
 from router.expert_connection import ExpertConnection
-from router.expert_table import EMPTY_TABLE, ExpertTable, ReplicaEntry
+from router.expert_table import EMPTY_TABLE, ExpertTable, ProcessKey
 from router.heartbeat import DEFAULT_HEARTBEATS, HeartbeatOptions
 from router.reply_times import LatePoint
 
@@ -78,9 +78,9 @@ class ExpertPool:
         self._options = options or PoolOptions()
         self.counters = DispatchCounters()
         self._table = EMPTY_TABLE
-        self._connections: dict[ReplicaEntry, ExpertConnection] = {}
+        self._connections: dict[ProcessKey, ExpertConnection] = {}
         # Further streams to the same replicas, for rounds at the same time; by lane, from 1.
-        self._lanes: dict[tuple[ReplicaEntry, int], ExpertConnection] = {}
+        self._lanes: dict[tuple[ProcessKey, int], ExpertConnection] = {}
         self._groups: dict[str, _Group] = {}
         self._late_points: dict[tuple[str, int], LatePoint] = {}
         self._missing = self._describe_missing()
@@ -94,10 +94,10 @@ class ExpertPool:
         return self._table
 
     def expert_groups(self, layer_id: int) -> npt.NDArray[np.int64]:
-        """[n_routed_experts] group indices of the table in force."""
+        """[num_turns, n_routed_experts] group indices of the table in force, see ExpertTable.expert_turns."""
         groups = self._expert_groups.get(layer_id)
         if groups is None:
-            groups = self._table.expert_groups(layer_id, self._config.n_routed_experts)
+            groups = self._table.expert_turns(layer_id, self._config.n_routed_experts)
             self._expert_groups[layer_id] = groups
         return groups
 
@@ -107,13 +107,16 @@ class ExpertPool:
             raise StaleTable(f"expert table {table.version} is older than {self._table.version}, which is in force")
         if table.version == self._table.version:
             return
-        wanted = {replica for group in table.groups for replica in group.replicas}
+        wanted = {replica.process: replica for group in table.groups for replica in group.replicas}
         leaving = [(name, c) for name, group in self._groups.items() for c in group.connections]
-        names = {c.replica: name for name, c in leaving}
-        leaving += [(names[c.replica], c) for c in self._lanes.values()]
-        for replica in wanted:
-            if replica not in self._connections:
-                self._connections[replica] = ExpertConnection(
+        names = {c.replica.process: name for name, c in leaving}
+        leaving += [(names[process], c) for (process, _), c in self._lanes.items()]
+        for connection in (*self._connections.values(), *self._lanes.values()):
+            # A process that stays may host other experts now, and then its digest is another.
+            connection.replica = wanted.get(connection.replica.process, connection.replica)
+        for process, replica in wanted.items():
+            if process not in self._connections:
+                self._connections[process] = ExpertConnection(
                     replica,
                     self._config.hidden_size,
                     self._notify,
@@ -125,14 +128,14 @@ class ExpertPool:
         self._expert_groups.clear()
         self._groups = {
             group.name: _Group(
-                [self._connections[replica] for replica in group.replicas],
+                [self._connections[replica.process] for replica in group.replicas],
                 self._groups[group.name].numerics_id if group.name in self._groups else None,
             )
             for group in table.groups
         }
         for name, connection in leaving:
-            if connection.replica not in wanted:
-                self._connections.pop(connection.replica, None)
+            if connection.replica.process not in wanted:
+                self._connections.pop(connection.replica.process, None)
                 task = asyncio.get_running_loop().create_task(self._release(name, connection))
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
@@ -154,7 +157,7 @@ class ExpertPool:
             means = [connection.times.means_s for connection in group.connections]
             common = set.intersection(*map(set, means)) if means else set[int]()
             for connection, own in zip(group.connections, means, strict=True):
-                streams = [connection, *(c for key, c in self._lanes.items() if key[0] == connection.replica)]
+                streams = [connection, *(c for key, c in self._lanes.items() if key[0] == connection.replica.process)]
                 slowness = max(
                     (own[size] / max(1e-9, min(mean[size] for mean in means)) for size in common), default=0.0
                 )
@@ -302,7 +305,7 @@ class ExpertPool:
 
     def _lane(self, connection: ExpertConnection, lane: int) -> ExpertConnection:
         """Heartbeats are counted once for a replica, by its first connection; what it takes is measured by all."""
-        key = connection.replica, lane
+        key = connection.replica.process, lane
         if key not in self._lanes:
             self._lanes[key] = ExpertConnection(
                 connection.replica,

@@ -8,12 +8,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from experts.expert_range import ExpertRange
 from router.v1 import router_pb2 as pb
+
+# A power of two. Enough for an expert's hosts to be asked about equally often, whatever their number.
+NUM_TURNS = 16
+
+
+class ProcessKey(NamedTuple):
+    """One start of one replica. What it hosts, and so its digest, may change while it lives."""
+
+    replica_id: str
+    endpoint: str
+    incarnation: int
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,10 @@ class ReplicaEntry:
     incarnation: int
     weight_digest: str
     numerics_id: str
+
+    @property
+    def process(self) -> ProcessKey:
+        return ProcessKey(self.replica_id, self.endpoint, self.incarnation)
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,17 @@ class ExpertTable:
         rank = np.cumsum(hosted, axis=0) - 1  # [num_groups, n_routed_experts], of a host among the hosts
         chosen = (hosted & (rank == wanted)).argmax(axis=0)
         return np.where(num_hosts > 0, chosen, -1).astype(np.int64)
+
+    def expert_turns(self, layer_id: int, n_routed_experts: int) -> npt.NDArray[np.int64]:
+        """[num_turns, n_routed_experts]: expert_groups for each turn that is planned with (dispatch_plan.plan_frames).
+
+        One turn where no expert has several hosts, else NUM_TURNS.
+        """
+        first = self.expert_groups(layer_id, n_routed_experts)
+        second = self.expert_groups(layer_id, n_routed_experts, 1)
+        if (first == second).all():
+            return first[None]
+        return np.stack([self.expert_groups(layer_id, n_routed_experts, turn) for turn in range(NUM_TURNS)])
 
     @functools.cached_property
     def _ranges_by_layer(self) -> dict[int, list[tuple[int, int, int]]]:

@@ -52,8 +52,8 @@ class _Request(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                *("num_tokens", "top_k", "num_experts", "num_groups", "hidden_size"),
-                *("dtype", "reply_dtype", "layer_id", "deadline_ms", "flush_ms"),
+                *("num_tokens", "top_k", "num_experts", "num_groups", "num_turns", "hidden_size"),
+                *("dtype", "reply_dtype", "layer_id", "deadline_ms", "flush_ms", "reserved"),
             )
         ),
         ("table_version", ctypes.c_uint64),
@@ -195,7 +195,7 @@ class _Lane:
         request = self._request
         request.num_tokens, request.hidden_size = asked.hidden_states.shape
         request.top_k = asked.topk_ids.shape[1]
-        request.num_experts = len(groups)
+        request.num_turns, request.num_experts = groups.shape
         request.layer_id = asked.layer_id
         request.deadline_ms = int(timeout_s * 1000)
         request.topk_ids = asked.topk_ids.data_ptr()

@@ -114,6 +114,16 @@ class ExpertStack:
         weight_place[index].copy_(weight.view(torch.uint8), non_blocking=True)
         scale_place[index].copy_(scale_inv, non_blocking=True)
 
+    def copy_(self, index: int, source: ExpertStack, source_index: int) -> None:
+        """Copy one expert, all its projections, from a stack of the same sizes."""
+        for own, other in (
+            (self.gate_up, source.gate_up),
+            (self.gate_up_scale, source.gate_up_scale),
+            (self.down, source.down),
+            (self.down_scale, source.down_scale),
+        ):
+            own[index].copy_(other[source_index], non_blocking=True)
+
     def take(self, first: int, expert_ids: np.ndarray) -> ExpertStack:
         """The experts from position `first` on, under ids of their own, in the same memory.
 

@@ -402,6 +402,9 @@ void shoal_server_free(Server* server) { delete server; }
 
 void shoal_server_enable(Server* server, int32_t enabled) { server->enabled = enabled != 0; }
 
+// Compute with another context from the next frame on. By the thread that serves, between two calls of shoal_serve.
+void shoal_server_use(Server* server, void* context) { server->use(context); }
+
 // Returns when something is to be done that only Python does.
 void shoal_serve(Server* server, int32_t epoll_fd, Link* const* links, int32_t num_links) try {
     server->serve(epoll_fd, links, num_links);

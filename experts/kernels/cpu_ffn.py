@@ -12,6 +12,7 @@ import ctypes
 import functools
 import logging
 import mmap
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class ScaledWeight(NamedTuple):
     block: tuple[int, int] = (128, 128)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class PackedMatrix:
     """A weight in the kernel's memory order. rows: outputs; of gate alone if gate and up are paired."""
 
@@ -175,6 +176,7 @@ class WeightArena:
             except OSError as error:
                 logger.info("no 2 MB pages for weights: %s", error)
         memory = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._base: int = memory.data_ptr()
         start = -memory.data_ptr() % _HUGE_PAGE_BYTES
         self._memory = memory[start : start + size_bytes]
         self._used = 0
@@ -188,6 +190,12 @@ class WeightArena:
         self._used = -(-end // self.ALIGNMENT) * self.ALIGNMENT
         return part
 
+    def discard_with(self, matrix: PackedMatrix) -> None:
+        """Give a matrix's pages back to the system once nobody has it any more; the arena does not use them again."""
+        start = matrix.memory.data_ptr() - self._base
+        end = start + -(-matrix.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        weakref.finalize(matrix, _discard, self._mapping, start, end).atexit = False
+
     @property
     def used_bytes(self) -> int:
         return self._used
@@ -196,6 +204,11 @@ class WeightArena:
     def allocated(self) -> torch.Tensor:
         """All that was allocated so far, uint8 [used_bytes]."""
         return self._memory[: self._used]
+
+
+def _discard(mapping: mmap.mmap, start: int, end: int) -> None:
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def packed_size(shape: tuple[int, int], dtype: torch.dtype, *, paired: bool = False) -> int:
@@ -467,7 +480,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         getattr(library, name).restype = address
     for name in (
         *("shoal_link_free", "shoal_link_open", "shoal_link_close", "shoal_server_free", "shoal_server_enable"),
-        *("shoal_serve", "shoal_scatter_free", "shoal_scatter_look", "shoal_scatter_times"),
+        *("shoal_server_use", "shoal_serve", "shoal_scatter_free", "shoal_scatter_look", "shoal_scatter_times"),
     ):
         getattr(library, name).restype = None
     library.shoal_link_new.argtypes = library.shoal_scatter_new.argtypes = ()
@@ -476,6 +489,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.shoal_link_open.argtypes = (address, integer, address)
     library.shoal_link_close.argtypes = (address, address, address, address)
     library.shoal_server_enable.argtypes = (address, integer)
+    library.shoal_server_use.argtypes = (address, address)
     library.shoal_serve.argtypes = (address, integer, address, integer)
     library.shoal_take_load.argtypes = (address, address, integer, address)
     library.shoal_scatter.argtypes = (address, address)

@@ -55,8 +55,18 @@ class ExpertKernel(Protocol):
         """
         ...
 
-    def build_layer(self, experts: Mapping[int, Any]) -> Mapping[int, Any]:
-        """Packed experts by id, ready for expert_ffn."""
+    def build_layer(self, experts: Mapping[int, Any], *, is_serving: bool = False) -> Mapping[int, Any]:
+        """Packed experts by id, ready for expert_ffn. is_serving: others are computed with meanwhile."""
+        ...
+
+    @property
+    def needs_whole_layers(self) -> bool:
+        """Whether a layer's experts must be packed into one room, one after the other."""
+        ...
+
+    def adopt_expert(self, packed: Any, room: Any) -> Any:
+        """An expert that is packed already, for a layer that is built anew; copied into room if layers are packed
+        whole."""
         ...
 
     def expert_ffn(
@@ -153,10 +163,23 @@ class NativeKernel:
     def pack_expert(
         self, gate: ScaledWeight, up: ScaledWeight, down: ScaledWeight, room: cpu_ffn.WeightArena
     ) -> cpu_ffn.PackedExpert:
-        return self.kernel.pack_expert(gate, up, down, room)
+        expert = self.kernel.pack_expert(gate, up, down, room)
+        # An arena holds many experts, and one that leaves the group shall not keep its memory.
+        for matrix in expert:
+            room.discard_with(matrix)
+        return expert
 
-    def build_layer(self, experts: Mapping[int, cpu_ffn.PackedExpert]) -> cpu_ffn.PackedLayer:
+    def build_layer(
+        self, experts: Mapping[int, cpu_ffn.PackedExpert], *, is_serving: bool = False
+    ) -> cpu_ffn.PackedLayer:
         return cpu_ffn.PackedLayer(experts)
+
+    @property
+    def needs_whole_layers(self) -> bool:
+        return False
+
+    def adopt_expert(self, packed: cpu_ffn.PackedExpert, room: cpu_ffn.WeightArena) -> cpu_ffn.PackedExpert:
+        return packed
 
     def expert_ffn(
         self,
@@ -207,8 +230,17 @@ class TorchKernel:
         own_down = torch.empty(hidden_size, inner, dtype=self._dtype, device=self.device)
         return grouped.ExpertMatrices(gate_up, own_down.copy_(_expand(down, self.device)))
 
-    def build_layer(self, experts: Mapping[int, grouped.ExpertMatrices]) -> Mapping[int, grouped.ExpertMatrices]:
+    def build_layer(
+        self, experts: Mapping[int, grouped.ExpertMatrices], *, is_serving: bool = False
+    ) -> Mapping[int, grouped.ExpertMatrices]:
         return experts
+
+    @property
+    def needs_whole_layers(self) -> bool:
+        return False
+
+    def adopt_expert(self, packed: grouped.ExpertMatrices, room: None) -> grouped.ExpertMatrices:
+        return packed
 
     def expert_ffn(
         self,

@@ -83,14 +83,25 @@ class TritonKernel:
         room.num_filled += 1
         return PlacedExpert(room.stack, index)
 
-    def build_layer(self, experts: Mapping[int, PlacedExpert]) -> TritonLayer:
-        """experts: by ascending id, packed one after the other."""
+    @property
+    def needs_whole_layers(self) -> bool:
+        return True
+
+    def adopt_expert(self, packed: PlacedExpert, room: StackRoom) -> PlacedExpert:
+        index = room.num_filled
+        room.stack.copy_(index, packed.stack, packed.index)
+        room.num_filled += 1
+        return PlacedExpert(room.stack, index)
+
+    def build_layer(self, experts: Mapping[int, PlacedExpert], *, is_serving: bool = False) -> TritonLayer:
+        """experts: by ascending id, packed one after the other. is_serving: without a graph, since nothing else may
+        use the card while one is captured."""
         expert_ids = np.array(list(experts))
         first = next(iter(experts.values()))
         if [placed.index for placed in experts.values()] != list(range(first.index, first.index + len(experts))):
             raise ValueError("a layer's experts must be packed one after the other, by ascending id")
         stack = first.stack.take(first.index, expert_ids)
-        return TritonLayer(stack, self._capture(stack) if self._use_graphs else None)
+        return TritonLayer(stack, self._capture(stack) if self._use_graphs and not is_serving else None)
 
     def expert_ffn(
         self,
@@ -155,16 +166,16 @@ class PlacedExpert(NamedTuple):
     index: int
 
 
-class TritonLayer(Mapping[int, int]):
-    """A layer's experts; as a mapping, id -> place. graph: None to launch every call kernel by kernel."""
+class TritonLayer(Mapping[int, PlacedExpert]):
+    """A layer's experts by id. graph: None to launch every call kernel by kernel."""
 
     def __init__(self, stack: ExpertStack, graph: CapturedFfn | None) -> None:
         self.stack = stack
         self.graph = graph
         self._index_of = {expert_id: index for index, expert_id in enumerate(stack.expert_ids.tolist())}
 
-    def __getitem__(self, expert_id: int) -> int:
-        return self._index_of[expert_id]
+    def __getitem__(self, expert_id: int) -> PlacedExpert:
+        return PlacedExpert(self.stack, self._index_of[expert_id])
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._index_of)

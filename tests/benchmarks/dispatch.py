@@ -244,6 +244,7 @@ class EchoGroup:
 
     weight_digest, numerics_id = DIGEST, NUMERICS_ID
     hosted = (ExpertRange(0, 99, 0, NUM_EXPERTS),)
+    config = ModelConfig.from_dict(build_config(n_routed_experts=NUM_EXPERTS))
     max_rows = 1
 
     def __init__(self, hidden_size: int) -> None:

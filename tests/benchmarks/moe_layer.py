@@ -227,7 +227,7 @@ def serve_one(config: ModelConfig, num_threads: int) -> None:
 
 def make_frame(config: ModelConfig, draw: Draw) -> ComputeFrame:
     """The whole batch as one frame for a group that hosts everything."""
-    everything = np.zeros(config.n_routed_experts, dtype=np.int64)
+    everything = np.zeros((1, config.n_routed_experts), dtype=np.int64)
     (plan,) = plan_frames(draw.topk_ids.numpy(), draw.topk_weights.numpy(), everything)
     return ComputeFrame(
         frame_id=1,
@@ -271,7 +271,7 @@ def build_group(config: ModelConfig, hosted: tuple[ExpertRange, ...], num_thread
         packed[expert] = PackedExpert(copy_matrix(first.gate_up, room), copy_matrix(first.down, room))
     num_bytes = kernel.count_bytes(*shape)
     layers = {LAYER_ID: kernel.build_layer(packed)}
-    return ExpertGroup(ExpertWeights(config, hosted, torch.bfloat16, kernel, layers, DIGEST, num_bytes, num_bytes))
+    return ExpertGroup(ExpertWeights(config, hosted, torch.bfloat16, kernel, layers, {}, DIGEST, num_bytes))
 
 
 def copy_matrix(matrix: PackedMatrix, room: WeightArena) -> PackedMatrix:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.autoscaler import ReplicaLoad
-from cluster.errors import StoreUnavailable
+from cluster.errors import ChangeRefused, StoreUnavailable
 from cluster.planner import Health, RouterReport
 from cluster.records import ReplicaRecord, RouterRecord, StartState, replica_key, router_key
 from cluster.spec import ClusterSpec, GroupSpec, RouterSpec
@@ -124,6 +124,8 @@ class FakeFactory:
         self.created: list[str] = []
         self.drained: list[str] = []
         self.killed: list[str] = []
+        self.hosted: list[tuple[str, tuple[ExpertRange, ...]]] = []
+        self.refusal: str | None = None
         self._store = store
         self._last_incarnation = 100
 
@@ -146,6 +148,15 @@ class FakeFactory:
 
     def drain_replica(self, replica_id: str, grace_s: float) -> None:
         self.drained.append(replica_id)
+
+    def host_experts(self, replica_id: str, hosted: tuple[ExpertRange, ...], timeout_s: float) -> None:
+        """Publishes at once that it does, unless refusal is set."""
+        self.hosted.append((replica_id, hosted))
+        if self.refusal is not None:
+            raise ChangeRefused(self.refusal)
+        assert self._store is not None
+        record = ReplicaRecord.from_json(self._store.values[replica_key(replica_id)])
+        self._store.publish(replace(record, hosted=hosted, weight_digest=f"digest of {hosted}"))
 
     def kill(self, name: str) -> None:
         self.killed.append(name)

@@ -30,6 +30,12 @@ class FakeController:
     async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]:
         return {"extra_share": extra_share}
 
+    async def rebalance(self, extra_share: float) -> dict[str, Any]:
+        return {"current": {"number": 1, "extra_share": extra_share}}
+
+    def get_balancer_view(self) -> dict[str, Any]:
+        return {"current": None, "alarm": None}
+
     async def scale(self, counts: Mapping[str, int], force: bool) -> int:
         if counts.get("g0") == 0 and not force:
             raise ChangeRefused("needs --force")

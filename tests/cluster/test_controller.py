@@ -1,6 +1,8 @@
 import asyncio
+import json
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,9 @@ from cluster.errors import ChangeRefused, StoreUnavailable
 from cluster.planner import Health
 from cluster.records import StartState
 from cluster.stored_table import memory_from_json
+from experts.v1 import experts_pb2
 from tests.cluster.fakes import (
+    HOSTED,
     FakeClock,
     FakeFactory,
     FakeProber,
@@ -22,12 +26,14 @@ from tests.cluster.fakes import (
     make_router,
     make_spec,
 )
+from tests.random_checkpoint import build_config
 
 
 class Setting:
     """A controller loop on fakes: two ready replicas and a router."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: str = "/nowhere") -> None:
+        self.checkpoint = checkpoint
         self.store = MemoryStore()
         self.store.publish(make_replica("g0-0", 1), make_replica("g1-0", 2), make_router("r0", 1))
         self.factory = FakeFactory({"g0-0", "g1-0", "r0"}, self.store)
@@ -36,7 +42,8 @@ class Setting:
         self.loop = self.make_loop()
 
     def make_loop(self) -> ControllerLoop:
-        return ControllerLoop(make_spec(), self.store, self.factory, self.prober, self.clock, lambda: 1000.0)
+        spec = replace(make_spec(), checkpoint=self.checkpoint)
+        return ControllerLoop(spec, self.store, self.factory, self.prober, self.clock, lambda: 1000.0)
 
 
 async def test_table_is_stored_before_it_is_pushed_and_pushed_once():
@@ -329,3 +336,47 @@ async def test_a_dry_run_says_what_it_would_do_and_does_nothing():
     first, second = setting.loop.get_plan_view()["autoscale"]
     assert (first["group"], first["action"], first["replicas"]) == ("g0", "grow", 2)
     assert (second["action"], second["reason"]) == ("keep", "no replica has reported its load")
+
+
+async def test_experts_are_moved_by_what_replicas_counted(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(build_config(n_routed_experts=8, num_hidden_layers=4)))
+    setting = Setting(checkpoint=str(tmp_path))
+    setting.prober.pairs = [
+        experts_pb2.LoadResponse(
+            layers=[experts_pb2.LayerPairs(layer_id=layer_id, pairs=[900, 800, 700, 600, 5, 5, 5, 5])]
+        )
+        for layer_id in (1, 2, 3)
+    ]
+    await setting.loop.step()
+    view = await setting.loop.rebalance(0.5)
+    assert view["current"]["expected"]["before"]["imbalance"] > 1.9
+    for _ in range(200):
+        await setting.loop.step()
+        await asyncio.sleep(0.001)
+        if setting.loop.get_balancer_view()["current"]["phase"] == "measuring":
+            break
+    hosted = memory_from_json(setting.store.values[b"table"]).table.groups
+    assert setting.loop.get_balancer_view()["current"]["phase"] == "measuring"
+    assert [group.hosted for group in hosted] != list(HOSTED)
+    assert setting.loop.get_status()["settled"]
+    objects = [event["object"] for event in setting.loop.get_events(0) if event["action"] == "host"]
+    assert {"replica g0-0", "replica g1-0"} >= set(objects) != set()
+
+
+async def test_a_replica_that_cannot_take_experts_fails_the_rebalancing(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(build_config(n_routed_experts=8, num_hidden_layers=4)))
+    setting = Setting(checkpoint=str(tmp_path))
+    setting.prober.pairs = [
+        experts_pb2.LoadResponse(layers=[experts_pb2.LayerPairs(layer_id=1, pairs=[900, 800, 700, 600, 5, 5, 5, 5])])
+    ]
+    setting.factory.refusal = "NotEnoughMemory: 5 experts"
+    await setting.loop.step()
+    await setting.loop.rebalance(0.5)
+    for _ in range(100):
+        await setting.loop.step()
+        await asyncio.sleep(0.001)
+        if setting.loop.get_balancer_view()["current"]["phase"] == "failed":
+            break
+    assert "NotEnoughMemory" in setting.loop.get_balancer_view()["current"]["failure"]
+    await setting.loop.step()
+    assert setting.loop.get_status()["settled"]

@@ -5,11 +5,13 @@ from cluster.desired_state import (
     advance_rollout,
     begin,
     desired_from_json,
+    rehost,
     replace_member,
     scale,
     start_rollout,
 )
 from cluster.errors import BadRecord, ChangeRefused
+from experts.expert_range import ExpertRange
 from tests.cluster.fakes import make_spec
 
 TWO = begin(make_spec(num_replicas=2))
@@ -79,3 +81,12 @@ def test_it_survives_the_store():
     for junk in (b"", b"[]", b"{}", b'{"version": 1, "groups": [1], "rollout": []}'):
         with pytest.raises(BadRecord):
             desired_from_json(junk)
+
+
+def test_groups_can_be_given_other_experts_and_keep_their_members():
+    hosted = (ExpertRange(1, 4, 0, 3), ExpertRange(1, 4, 3, 5))
+    desired = rehost(TWO, {"g0": hosted})
+    assert desired.get_group("g0").hosted == (ExpertRange(1, 4, 0, 5),)
+    assert get_members(desired) == get_members(TWO) and desired.groups[1] == TWO.groups[1]
+    assert rehost(desired, {"g0": hosted[::-1]}) is desired
+    assert desired_from_json(desired.to_json()) == desired

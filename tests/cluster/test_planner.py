@@ -6,6 +6,7 @@ from cluster.planner import (
     CreateReplica,
     CreateRouter,
     Health,
+    HostExperts,
     Memory,
     Observation,
     Plan,
@@ -122,11 +123,12 @@ def test_other_weights_are_refused_even_after_the_first_replica_died():
     assert "differ from those of group g0" in plan.replicas["g0-1"].message
 
 
-def test_a_replica_that_hosts_other_experts_is_refused_and_decides_nothing():
+def test_a_replica_that_lacks_experts_is_given_them_before_it_serves():
     wrong = make_replica("g0-0", 1, hosted=make_replica("g1-0").hosted)
     plan = compute_plan(SPEC, DESIRED, observe(replicas={"g0-0": wrong}), Memory())
-    assert plan.replicas["g0-0"].state is ActorState.DEAD
-    assert plan.memory.digests == {}
+    assert plan.replicas["g0-0"].state is ActorState.STARTING
+    assert get_table_ids(plan) == [[], []]
+    assert HostExperts("g0-0", 1, make_replica("g0-0").hosted) in plan.actions
 
 
 def test_states_before_anything_has_started():

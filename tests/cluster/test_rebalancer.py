@@ -2,7 +2,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cluster.rebalancer import GroupCapacity, Rebalancing, compute_balance, rebalance
+from cluster.rebalancer import GroupCapacity, Rebalancing, compute_balance, plan_round, rebalance
 
 NUM_LAYERS, NUM_EXPERTS, N_GROUP = 12, 256, 8
 
@@ -152,3 +152,22 @@ def test_golden_example_of_the_docstring():
 def test_contradictions_are_refused(load: npt.NDArray[np.int64], placement: npt.NDArray[np.bool_], n_group: int):
     with pytest.raises(ValueError):
         rebalance(load, make_groups(2), placement, n_group=n_group, extra_share=0.12)
+
+
+@pytest.mark.parametrize("slack", [0, 1, 7, 10_000])
+def test_rounds_reach_the_target_and_always_host_everything_within_memory(slack: int):
+    """However little memory there is: experts are swapped a few at a time."""
+    random = np.random.default_rng(slack)
+    current = make_contiguous(4, num_layers=2, num_experts=16)
+    target = random.permuted(current, axis=2) if slack else current[::-1]
+    target |= ~target.any(axis=0) & (np.arange(4) == 1)[:, None, None]
+    most = [max(int(now.sum()), int(then.sum())) + slack for now, then in zip(current, target, strict=True)]
+    for _ in range(200):
+        following = plan_round(current, target, most)
+        if following is None:
+            break
+        beside = (current | following).sum(axis=(1, 2))
+        assert (beside <= np.maximum(most, current.sum(axis=(1, 2)) + 1)).all()
+        assert following.any(axis=0).all()
+        current = following
+    assert (current == target).all()

@@ -4,7 +4,7 @@ import pytest
 
 from cluster.autoscaler import AutoscaleRule
 from cluster.errors import BadRecord
-from cluster.planner import Memory
+from cluster.planner import Held, Memory
 from cluster.records import (
     ControllerRecord,
     ReplicaRecord,
@@ -16,6 +16,7 @@ from cluster.records import (
 )
 from cluster.spec import build_groups, spec_from_json
 from cluster.stored_table import memory_from_json, memory_to_json
+from experts.expert_range import ExpertRange
 from experts.model_config import ModelConfig
 from router.expert_table import ExpertTable, GroupEntry, ReplicaEntry
 from tests.cluster.fakes import HOSTED, make_replica, make_router, make_spec
@@ -37,7 +38,7 @@ def test_spec_survives_json():
 
 def test_table_and_digests_survive_json():
     entry = GroupEntry("g0", HOSTED[0], (ReplicaEntry("g0-0", "127.0.0.1:1", 5, "abc", "cpu"),))
-    memory = Memory(table=ExpertTable(4, (entry,)), digests={"g0": "abc"})
+    memory = Memory(table=ExpertTable(4, (entry,)), digests={Held("g0", (ExpertRange(1, 2, 0, 3),)): "abc"})
     assert memory_from_json(memory_to_json(memory)) == memory
 
 

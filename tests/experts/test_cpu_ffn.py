@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -362,6 +364,23 @@ def test_packed_matrices_keep_their_memory() -> None:
     del arena
     x = torch.ones(1, 300)
     assert torch.equal(kernel.linear(x, packed), kernel.linear(x, kernel.pack_linear(weight)))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="memory cannot be given back here")
+def test_a_matrix_gives_its_pages_back_and_leaves_its_neighbours_alone() -> None:
+    kernel = _kernel()
+    weights = [ScaledWeight(torch.ones(256, 512, dtype=torch.bfloat16)) for _ in range(3)]
+    arena = WeightArena(sum(packed_size((256, 512), torch.bfloat16) for _ in weights), huge_pages=False)
+    matrices = [kernel.pack_linear(weight, arena) for weight in weights]
+    for matrix in matrices:
+        arena.discard_with(matrix)
+    pages = matrices[1].memory
+    del matrices[1], matrix
+    gc.collect()
+    assert not pages.any()
+    x = torch.ones(1, 512, dtype=torch.bfloat16)
+    for matrix in matrices:
+        assert torch.equal(kernel.linear(x, matrix), torch.full((1, 256), 512.0, dtype=torch.bfloat16))
 
 
 def test_numerics_id_names_family_and_dtype_and_no_threads() -> None:

@@ -10,7 +10,7 @@ from experts.activation_quantization import dequantize_rows, quantize_rows
 from experts.device import CPU, CudaCard, check_device_memory, choose_device
 from experts.errors import ConfigError, NotEnoughMemory
 from experts.frame_transfer import scale_rows
-from experts.staging import ALIGNMENT, Staging, compute_offsets
+from experts.staging import ALIGNMENT, NUM_BUFFERS, Staging, compute_offsets
 
 TURING = CudaCard(0, "old", (7, 5))
 AMPERE = CudaCard(1, "RTX 3090", (8, 6))
@@ -69,10 +69,11 @@ def test_tensors_in_a_staging_buffer_do_not_meet_and_start_on_cache_lines() -> N
     assert all(offset % ALIGNMENT == 0 for offset in offsets)
     assert all(start + size <= end for start, size, end in zip(offsets, sizes, offsets[1:], strict=False))
     staging = Staging(CPU, offsets[-1])
-    first = staging.take()
+    taken = [staging.take() for _ in range(NUM_BUFFERS)]
     staging.release()
-    # On the CPU copies are done when they return: one buffer serves all.
-    assert first.nbytes == staging.size_bytes == offsets[-1] and np.shares_memory(first, staging.take())
+    again = staging.take()
+    assert [np.shares_memory(again, buffer) for buffer in taken] == [True] + [False] * (NUM_BUFFERS - 1)
+    assert sum(buffer.nbytes for buffer in taken) == staging.size_bytes == NUM_BUFFERS * offsets[-1]
 
 
 @pytest.mark.parametrize("num_columns", [128, 200, 40])

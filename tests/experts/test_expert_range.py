@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experts.errors import ConfigError
-from experts.expert_range import ExpertRange, list_hosted_pairs, split_experts
+from experts.expert_range import ExpertRange, covers, list_hosted_pairs, merge_ranges, split_experts
 from experts.model_config import ModelConfig
 from tests.random_checkpoint import build_config
 
@@ -49,3 +49,22 @@ def test_refuses_a_range_that_the_model_does_not_have(hosted: ExpertRange, messa
 def test_refuses_an_empty_rectangle(bounds: tuple[int, int, int, int]) -> None:
     with pytest.raises(ConfigError):
         ExpertRange(*bounds)
+
+
+def test_merged_ranges_are_the_same_for_the_same_pairs() -> None:
+    whole = (ExpertRange(1, 4, 0, 4),)
+    pieces = (ExpertRange(1, 2, 0, 4), ExpertRange(2, 4, 2, 4), ExpertRange(2, 4, 0, 3))
+    assert merge_ranges(pieces) == merge_ranges(whole, pieces) == whole
+    assert merge_ranges(whole, (ExpertRange(2, 3, 6, 8), ExpertRange(6, 7, 0, 1))) == (
+        ExpertRange(1, 4, 0, 4),
+        ExpertRange(2, 3, 6, 8),
+        ExpertRange(6, 7, 0, 1),
+    )
+    assert merge_ranges(()) == ()
+
+
+def test_covering_is_about_pairs_not_rectangles() -> None:
+    pieces = (ExpertRange(1, 2, 0, 2), ExpertRange(1, 2, 2, 4))
+    assert covers(pieces, (ExpertRange(1, 2, 1, 3),))
+    assert not covers(pieces, (ExpertRange(1, 3, 1, 3),))
+    assert covers(pieces, ())

@@ -2,8 +2,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from experts.expert_range import ExpertRange
 from experts.load_meter import COUNT_WINDOW_S, WINDOW_S, LoadMeter, load_to_proto, make_load_meter
+from experts.model_config import ModelConfig
+from tests.random_checkpoint import build_config
 
 EXPERTS = np.array([2, 0, 2], dtype=np.int32)
 
@@ -86,7 +87,10 @@ def test_counts_fade_with_the_count_window():
 
 
 def test_the_message_leaves_out_layers_without_pairs():
-    meter = make_load_meter((ExpertRange(1, 3, 0, 2), ExpertRange(2, 4, 2, 4)), 0.0)
+    sizes = {"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    meter = make_load_meter(
+        ModelConfig.from_dict(build_config(n_routed_experts=4, n_group=1, topk_group=1, **sizes)), 0.0
+    )
     note(meter, 0.0, 1.0, 2.0)
     message = load_to_proto(meter, 7, 4.0, with_pairs=True)
     assert (message.incarnation, message.num_pairs) == (7, 3)

@@ -12,12 +12,12 @@ import torch
 
 from experts import wire
 from experts.checkpoint import Checkpoint
-from experts.expert_range import split_experts
+from experts.expert_range import ExpertRange, split_experts
 from experts.group import ExpertGroup
 from experts.http2_stream import make_frame
 from experts.native_serving import NativeServing
 from experts.server import ExpertServer, ReplicaIdentity
-from experts.weights import load_expert_weights
+from experts.weights import change_hosted, load_expert_weights
 from experts.wire import ComputeReply, ComputeStatus
 from tests.experts.test_server import TIMEOUT_S, RouterClient, make_request
 
@@ -155,6 +155,35 @@ def test_credit_is_given_for_as_long_as_frames_come(served: Served) -> None:
         reply = served.ask(**frame)
         served.client._stream.consume(num_bytes)  # pyright: ignore[reportPrivateUsage]
         assert reply.status is ComputeStatus.OK and reply.tensor is not None and reply.tensor.shape[0] == 20_000
+
+
+def test_experts_are_exchanged_between_frames(fp8_checkpoint: Checkpoint, served: Served) -> None:
+    """A client that asks all the time gets an answer to every frame, and the new experts' from the change on."""
+    before = load_expert_weights(fp8_checkpoint, split_experts(fp8_checkpoint.config, 2)[0], served.dtype)
+    group = ExpertGroup(before)
+    changing = Served(group, native=True)
+    wanted = {"pair_experts": torch.tensor([4, 6, 6], dtype=torch.int32), "pair_rows": torch.tensor([0, 0, 1])}
+    wanted["pair_rows"] = wanted["pair_rows"].to(torch.int32)
+    try:
+        for _ in range(20):
+            assert changing.ask().status is ComputeStatus.OK
+        assert changing.ask(**wanted).status is ComputeStatus.NOT_HOSTED
+        for _ in range(20):
+            changing.ask()
+        changing.server.use_weights(change_hosted(before, fp8_checkpoint, (ExpertRange(1, 4, 3, 8),)))
+        statuses = {changing.ask(**wanted).status for _ in range(20)}
+        assert statuses == {ComputeStatus.OK}
+        assert changing.num_native
+        assert changing.ask(pair_experts=torch.tensor([0, 1, 2], dtype=torch.int32)).status is ComputeStatus.NOT_HOSTED
+        expected = ExpertGroup(load_expert_weights(fp8_checkpoint, (ExpertRange(1, 4, 3, 8),), served.dtype))
+        fresh = Served(expected, native=True)
+        try:
+            found, wanted_reply = changing.ask(**wanted).tensor, fresh.ask(**wanted).tensor
+            assert found is not None and wanted_reply is not None and torch.equal(found, wanted_reply)
+        finally:
+            fresh.close()
+    finally:
+        changing.close()
 
 
 def test_after_a_drain_frames_are_turned_away(served: Served) -> None:

@@ -225,7 +225,7 @@ def test_tells_how_busy_it_is_and_which_experts_were_asked_for(client: Client, c
     client.ask()
     load = stub.Load(experts_pb2.LoadRequest(with_pairs=True), timeout=TIMEOUT_S)
     assert (load.num_frames, load.num_pairs) == (1, 3)
-    assert [(layer.layer_id, list(layer.pairs)) for layer in load.layers] == [(1, [1, 1, 0, 1])]
+    assert [(layer.layer_id, list(layer.pairs)) for layer in load.layers] == [(1, [1, 1, 0, 1, 0, 0, 0, 0])]
     assert 0 < load.busy_share <= 1
     assert not stub.Load(experts_pb2.LoadRequest(), timeout=TIMEOUT_S).layers
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from experts.checkpoint import Checkpoint
 from experts.expert_range import ExpertRange, split_experts
 from experts.kernels.expert_kernel import TorchKernel
-from experts.weights import load_expert_weights
+from experts.weights import change_hosted, load_expert_weights
 from tests.random_checkpoint import dequantized_twin, read_tensors
 
 
@@ -43,8 +44,9 @@ def test_the_digest_is_over_the_stored_bytes_by_layer_expert_and_name(fp8_folder
     for layer_id in (1, 2):
         for expert_id in (0, 1):
             prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}."
-            for name in sorted(name for name in tensors if name.startswith(prefix)):
-                digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
+            names = sorted(name for name in tensors if name.startswith(prefix))
+            stored = b"".join(tensors[name].view(torch.uint8).numpy().tobytes() for name in names)
+            digest.update(hashlib.sha256(stored).digest())
     with Checkpoint(fp8_folder) as checkpoint:
         weights = load_expert_weights(checkpoint, [ExpertRange(0, 3, 0, 2)], torch.bfloat16)
     assert weights.digest == digest.hexdigest()
@@ -79,3 +81,33 @@ def test_progress_rises_to_one(fp8_checkpoint: Checkpoint) -> None:
         fp8_checkpoint, split_experts(fp8_checkpoint.config, 1)[0], torch.bfloat16, on_fraction=seen.append
     )
     assert seen == sorted(seen) and seen[-1] == 1.0
+
+
+@pytest.mark.parametrize("kernel", [None, TorchKernel(torch.bfloat16)], ids=["native", "torch"])
+def test_changed_weights_are_those_of_a_fresh_load_and_keep_what_was_there(
+    fp8_checkpoint: Checkpoint, kernel: TorchKernel | None
+) -> None:
+    before = load_expert_weights(fp8_checkpoint, [ExpertRange(1, 4, 0, 4)], torch.bfloat16, kernel=kernel)
+    hosted = (ExpertRange(1, 2, 2, 7), ExpertRange(2, 3, 0, 4))
+    after = change_hosted(before, fp8_checkpoint, hosted)
+    fresh = load_expert_weights(fp8_checkpoint, hosted, torch.bfloat16, kernel=kernel)
+    assert (after.digest, after.hosted, after.resident_bytes) == (fresh.digest, fresh.hosted, fresh.resident_bytes)
+    assert {layer_id: list(experts) for layer_id, experts in after.layers.items()} == {
+        1: [2, 3, 4, 5, 6],
+        2: [0, 1, 2, 3],
+    }
+    assert after.layers[1][2] is before.layers[1][2] and after.layers[2] is before.layers[2]
+    rows = torch.randn(3, 192, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    pairs = (np.array([0, 1, 2], np.int32), np.array([2, 5, 6], np.int32), np.ones(3, np.float32))
+    results = [
+        weights.kernel.expert_ffn(rows, *pairs, weights.layers[1], exact=False).clone() for weights in (after, fresh)
+    ]
+    assert torch.equal(*results)
+
+
+def test_experts_can_leave_without_any_arriving(fp8_checkpoint: Checkpoint) -> None:
+    before = load_expert_weights(fp8_checkpoint, [ExpertRange(1, 4, 0, 4)], torch.bfloat16)
+    seen: list[float] = []
+    after = change_hosted(before, fp8_checkpoint, (ExpertRange(2, 3, 1, 3),), seen.append)
+    assert {layer_id: list(experts) for layer_id, experts in after.layers.items()} == {2: [1, 2]}
+    assert seen == []

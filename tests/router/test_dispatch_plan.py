@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from router.dispatch_plan import GroupFrame, plan_frames
 
 # Experts 0-1 in group 0, 2-3 in group 1, 4-5 in group 2.
-EXPERT_GROUPS = np.array([0, 0, 1, 1, 2, 2], dtype=np.int64)
+EXPERT_GROUPS = np.array([[0, 0, 1, 1, 2, 2]], dtype=np.int64)
 
 
 def plan(topk_ids: list[list[int]], topk_weights: list[list[float]] | None = None) -> list[GroupFrame]:
@@ -79,7 +79,7 @@ def test_a_repeated_expert_keeps_both_pairs_and_one_row() -> None:
 
 def test_an_unserved_expert_is_named() -> None:
     groups = EXPERT_GROUPS.copy()
-    groups[3] = -1
+    groups[0, 3] = -1
 
     with pytest.raises(LookupError, match="expert 3"):
         plan_frames(np.array([[0, 3]]), np.ones((1, 2), np.float32), groups)
@@ -120,7 +120,7 @@ def test_every_choice_is_planned_once_and_in_order(
     num_experts_per_tok = topk_ids.shape[1]
     weights = np.arange(1, topk_ids.size + 1, dtype=np.float32).reshape(topk_ids.shape)
 
-    frames = plan_frames(topk_ids, weights, expert_groups)
+    frames = plan_frames(topk_ids, weights, expert_groups[None])
 
     chosen = {
         (row, int(expert), float(weights[row, column]))
@@ -154,7 +154,7 @@ def test_a_plan_of_few_rows_is_the_plan_of_many(num_tokens: int, monkeypatch: py
         topk_ids = np.stack([generator.permutation(12)[:6] for _ in range(num_tokens)]).astype(np.int64)
         topk_ids[generator.random(topk_ids.shape) < 0.2] = -1
         topk_weights = generator.random(topk_ids.shape).astype(np.float32)
-        expert_groups = generator.integers(0, 4, 12)
+        expert_groups = generator.integers(0, 4, (generator.choice([1, 16]), 12))
         few = plan_frames(topk_ids, topk_weights, expert_groups)
         with monkeypatch.context() as patched:
             patched.setattr("router.dispatch_plan._FEW_PAIRS", 0)
@@ -165,3 +165,17 @@ def test_a_plan_of_few_rows_is_the_plan_of_many(num_tokens: int, monkeypatch: py
             for name, ours, theirs in zip(found._fields[1:], found[1:], expected[1:], strict=True):
                 assert ours.dtype == theirs.dtype, name
                 np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_rows_take_turns_with_the_hosts_of_an_expert_and_each_row_always_the_same() -> None:
+    generator = np.random.default_rng(3)
+    weights = generator.random((600, 2)).astype(np.float32)
+    topk_ids = np.tile(np.array([[0, 1]]), (600, 1))
+    # Expert 0 is hosted by groups 0, 1 and 2, expert 1 by group 3.
+    expert_groups = np.array([[turn % 3, 3] for turn in range(16)])
+    frames = plan_frames(topk_ids, weights, expert_groups)
+    rows = [set(frame.row_ids.tolist()) for frame in frames[:3]]
+    assert sum(map(len, rows)) == 600 and min(map(len, rows)) > 150
+    for row in range(0, 600, 50):
+        (alone, _) = plan_frames(topk_ids[row : row + 1], weights[row : row + 1], expert_groups)
+        assert row in rows[alone.group_index]

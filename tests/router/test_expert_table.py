@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from experts.expert_range import ExpertRange
-from router.expert_table import EMPTY_TABLE, ExpertTable, GroupEntry
+from router.expert_table import EMPTY_TABLE, NUM_TURNS, ExpertTable, GroupEntry
 
 
 def make_table(*hosted: tuple[ExpertRange, ...]) -> ExpertTable:
@@ -24,6 +24,14 @@ def test_an_expert_of_several_groups_is_asked_of_each_in_turn():
     assert turns[:, 1].tolist() == [1, 0, 1, 0, 1, 0]
     assert sorted(turns[:3, 2].tolist()) == [0, 1, 2]
     assert (table.expert_groups(1, 4) == turns[0]).all()
+
+
+def test_there_is_one_turn_unless_an_expert_has_several_hosts():
+    table = make_table((ExpertRange(1, 3, 0, 2),), (ExpertRange(1, 2, 2, 4), ExpertRange(2, 3, 1, 4)))
+    assert table.expert_turns(1, 4).tolist() == [[0, 0, 1, 1]]
+    turns = table.expert_turns(2, 4)
+    assert turns.shape == (NUM_TURNS, 4)
+    assert turns[:, 1].tolist() == [1, 0] * (NUM_TURNS // 2)
 
 
 @pytest.mark.parametrize("turn", range(4))

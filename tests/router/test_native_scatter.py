@@ -123,14 +123,15 @@ def lenders() -> Iterator[list[Lender]]:
 
 
 def choose(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
-    """Rows, topk_ids (some -1), topk_weights, and the group of each expert."""
+    """Rows, topk_ids (some -1), topk_weights, and the group of each expert in each turn."""
     chosen = random.Random(seed)
     num_tokens, top_k = chosen.choice([1, 1, 2, 5, 33]), chosen.choice([1, 2, 4])
     ids = torch.tensor([chosen.sample(range(NUM_EXPERTS), top_k) for _ in range(num_tokens)])
     if chosen.random() < 0.3:
         ids[torch.rand(ids.shape) < 0.2] = -1
     rows = torch.randn(num_tokens, HIDDEN).to(torch.bfloat16)
-    groups = np.array([chosen.randrange(3) for _ in range(NUM_EXPERTS)], dtype=np.int64)
+    num_turns = chosen.choice([1, 1, 2, 16])
+    groups = np.array([[chosen.randrange(3) for _ in range(NUM_EXPERTS)] for _ in range(num_turns)], dtype=np.int64)
     return rows, ids, torch.rand(num_tokens, top_k), groups
 
 
@@ -181,7 +182,7 @@ async def test_bytes_and_sums_are_those_of_planner_encoder_and_row_sums(lenders:
 async def test_whatever_else_is_answered_goes_to_who_goes_on(lenders: list[Lender], overrides: dict[str, Any]) -> None:
     rows, ids = torch.ones(1, HIDDEN, dtype=torch.bfloat16), torch.tensor([[1, 2]])
     successor = Successor()
-    groups = np.array([0, 1, 2] * 6, dtype=np.int64)
+    groups = np.array([[0, 1, 2] * 6], dtype=np.int64)
     pending = make_scatter(lenders, groups, successor).send(LAYER_ID, rows, ids, torch.ones(1, 2), 5.0)
     assert pending is not None and pending.num_frames == 2
     lenders[1].answer(1, rows)
@@ -202,7 +203,7 @@ async def test_whatever_else_is_answered_goes_to_who_goes_on(lenders: list[Lende
 async def test_rows_that_are_not_finite_are_left_to_who_goes_on(lenders: list[Lender]) -> None:
     rows, ids = torch.ones(1, HIDDEN, dtype=torch.bfloat16), torch.tensor([[1]])
     successor = Successor()
-    pending = make_scatter(lenders, np.ones(16, dtype=np.int64), successor).send(
+    pending = make_scatter(lenders, np.ones((1, 16), dtype=np.int64), successor).send(
         LAYER_ID, rows, ids, torch.ones(1, 1), 5.0
     )
     assert pending is not None
@@ -213,10 +214,10 @@ async def test_rows_that_are_not_finite_are_left_to_who_goes_on(lenders: list[Le
 
 async def test_an_expert_that_nobody_serves_and_a_full_window_send_nothing(lenders: list[Lender]) -> None:
     rows, ids = torch.ones(1, HIDDEN, dtype=torch.bfloat16), torch.tensor([[0, 1]])
-    groups = np.array([0, -1], dtype=np.int64)
+    groups = np.array([[0, -1]], dtype=np.int64)
     assert make_scatter(lenders, groups, Successor()).send(LAYER_ID, rows, ids, torch.ones(1, 2), 5.0) is None
     lenders[1].link.open(lenders[1].near.fileno(), StreamState(10, 10, 1 << 20, WINDOW_BYTES, 0))
-    groups = np.array([0, 1], dtype=np.int64)
+    groups = np.array([[0, 1]], dtype=np.int64)
     assert make_scatter(lenders, groups, Successor()).send(LAYER_ID, rows, ids, torch.ones(1, 2), 5.0) is None
     for lender in lenders:
         assert not lender.is_lent

@@ -12,10 +12,10 @@
 namespace shoal {
 
 // Mirrored by _Request in router/native_scatter.py. By group: links (null: none is connected), frame_ids,
-// incarnations. expert_groups: [num_experts], negative where no group serves.
+// incarnations. expert_groups: [num_turns][num_experts], negative where no group serves; num_turns is a power of two.
 struct ScatterRequest {
-    int32_t num_tokens, top_k, num_experts, num_groups;
-    int32_t hidden_size, dtype, reply_dtype, layer_id, deadline_ms, flush_ms;
+    int32_t num_tokens, top_k, num_experts, num_groups, num_turns;
+    int32_t hidden_size, dtype, reply_dtype, layer_id, deadline_ms, flush_ms, reserved;
     uint64_t table_version;
     const int64_t *topk_ids, *expert_groups;
     const float* topk_weights;
@@ -153,11 +153,12 @@ class Scatter {
                 for (; at > 0 && ids[order_[size_t(at - 1)]] > ids[i]; --at) order_[size_t(at)] = order_[size_t(at - 1)];
                 order_[size_t(at)] = i;
             }
+            const int64_t* served_by = r.expert_groups + turn(row) * r.num_experts;
             for (const int choice : order_) {
                 const int64_t expert = ids[choice];
                 if (expert < 0) continue;
                 if (expert >= r.num_experts) return false;
-                const int64_t group = r.expert_groups[expert];
+                const int64_t group = served_by[expert];
                 if (group < 0 || group >= r.num_groups) return false;
                 Part& part = parts_[size_t(group)];
                 if (part.rows.empty() || part.rows.back() != row) part.rows.push_back(row);
@@ -167,6 +168,19 @@ class Scatter {
             }
         }
         return true;
+    }
+
+    // As router/dispatch_plan.py compute_turns.
+    int64_t turn(int row) const {
+        const ScatterRequest& r = request_;
+        if (r.num_turns == 1) return 0;
+        uint32_t sum = 0;
+        for (int i = 0; i < r.top_k; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, r.topk_weights + int64_t(row) * r.top_k + i, sizeof bits);
+            sum += bits;
+        }
+        return int64_t(uint64_t(sum * 2654435769u) * uint64_t(r.num_turns) >> 32);
     }
 
     bool encode(Part& part) {

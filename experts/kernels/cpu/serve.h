@@ -50,6 +50,8 @@ class Server {
 
     std::atomic<bool> enabled{true};
 
+    void use(void* context) { options_.context = context; }
+
     // Until something is Python's to do. Streams are told apart by fd.
     void serve(int epoll_fd, Link* const* links, int num_links) {
         bool unusual = false;
@@ -216,7 +218,7 @@ class Server {
     }
 
     static constexpr int64_t kReplyRoom = 256;  // before the tensor, for all headers
-    const ServeOptions options_;
+    ServeOptions options_;
     std::vector<Arrived> arrived_;
     std::vector<int32_t> pairs_of_frame_;
     Buffer rows_, reply_;
