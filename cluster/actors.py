@@ -163,6 +163,7 @@ class Router:
                     heartbeats=HeartbeatOptions(spec.router.heartbeat_s, spec.router.missed_heartbeats),
                     numerics=spec.router.numerics,
                     priority_ageing_s=spec.router.priority_ageing_s,
+                    max_missing_experts=spec.router.max_missing_experts,
                     num_threads=spec.router.num_threads,
                     device=_get_device_setting(spec),
                     tls_dir=spec.tls_dir,

@@ -208,6 +208,7 @@ def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: M
             missed_heartbeats=settings.missed_heartbeats,
             numerics=settings.numerics,
             priority_ageing_s=settings.priority_ageing_s,
+            max_missing_experts=settings.max_missing_experts,
             num_threads=threads.router_threads,
             kv_cache_tokens=settings.kv_cache_tokens,
         ),

@@ -165,6 +165,11 @@ class ServeSettings(BaseModel):
         description="replicas that compute otherwise than their group's first in the last bits; sticky: only when no "
         "other is left, uniform: never, mixed: always, each by its speed",
     )
+    max_missing_experts: Annotated[int, Field(ge=0, le=64)] = Field(
+        0,
+        description="experts of a token that are left out, not waited for, while nobody serves them; another model "
+        "then answers, which responses say; 0: none",
+    )
     expert_threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads of one expert group replica; None: the cores divided by the replicas"
     )

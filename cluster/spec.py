@@ -47,6 +47,7 @@ class RouterSpec:
     missed_heartbeats: int = 3
     priority_ageing_s: float = 60.0
     numerics: Literal["sticky", "uniform", "mixed"] = "sticky"
+    max_missing_experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,12 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         default="sticky",
         help="replicas of a group with other arithmetic: used when no other is left, never, or always",
     )
+    parser.add_argument(
+        "--max-missing-experts",
+        type=int,
+        default=0,
+        help="experts of a token that are left out while nobody serves them; 0: it waits for all",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX; auto: the first card if any")
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: all cores")
     parser.add_argument("--drain-timeout-s", type=float, default=30.0)
@@ -100,6 +106,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         expert_wait_s=options.expert_wait_s,
         heartbeats=HeartbeatOptions(options.heartbeat_s, options.missed_heartbeats),
         numerics=options.numerics,
+        max_missing_experts=options.max_missing_experts,
         num_threads=options.threads,
         device=options.device,
         expert_endpoints=tuple(options.expert),

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from time import perf_counter_ns
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from experts.model_config import ModelConfig
@@ -26,6 +28,11 @@ class PendingExperts(Protocol):
 
     async def gather(self) -> Tensor:
         """[num_tokens, hidden_size] float32: the weighted sum of each row's routed experts."""
+        ...
+
+    @property
+    def num_left_out(self) -> npt.NDArray[np.int32] | None:
+        """[num_tokens]: experts that the gathered sum does without; None: of no row."""
         ...
 
 
@@ -66,7 +73,7 @@ class DecoderLayer:
         """hidden_states: [num_tokens, hidden_size]. Returns the same, and leaves the rows' latents in the cache."""
         return await run_layers([self], hidden_states, batch)
 
-    async def run(self, run: LayerRun) -> None:
+    async def run(self, run: LayerRun, batch: StepBatch) -> None:
         """The layer's share of a walk. Attention is done before anything is awaited: router/layer_order.py counts on
         it."""
         self.front.attend(run)
@@ -77,9 +84,9 @@ class DecoderLayer:
             run.add(weights.mlp(run.normed), None)
             self._times.shared_ns += perf_counter_ns() - started
         else:
-            await self._run_experts(run)
+            await self._run_experts(run, batch)
 
-    async def _run_experts(self, run: LayerRun) -> None:
+    async def _run_experts(self, run: LayerRun, batch: StepBatch) -> None:
         times = self._times
         started = perf_counter_ns()
         pending = await self._dispatcher.scatter(self._layer_id, run.normed, run.topk_ids, run.topk_weights)
@@ -87,6 +94,8 @@ class DecoderLayer:
         shared = None if self._weights.shared_experts is None else self._weights.shared_experts(run.normed)
         computed = perf_counter_ns()
         routed = await pending.gather()
+        if pending.num_left_out is not None:
+            np.add(batch.num_left_out, pending.num_left_out, out=batch.num_left_out)
         gathered = perf_counter_ns()
         # Summed in float32, rounded once.
         run.add(*((routed, None) if shared is None else (shared, routed)))
@@ -109,5 +118,5 @@ async def run_layers(
             hidden_states = hidden_states if run is None else run.hidden_states
             front = layer.front
             run = front.start(hidden_states, batch)
-        await layer.run(run)
+        await layer.run(run, batch)
     return hidden_states if run is None else run.hidden_states

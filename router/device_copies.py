@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -71,6 +73,10 @@ class _DevicePending:
     def __init__(self, pending: PendingExperts, copies: DeviceCopies) -> None:
         self._pending = pending
         self._copies = copies
+
+    @property
+    def num_left_out(self) -> npt.NDArray[np.int32] | None:
+        return self._pending.num_left_out
 
     async def gather(self) -> Tensor:
         return self._copies.send(await self._pending.gather())

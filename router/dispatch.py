@@ -22,8 +22,9 @@ from torch import Tensor
 
 from experts.activation_quantization import QuantizedRows, quantize_rows
 from experts.wire import Buffer, ComputeReply, ComputeStatus, WireFormat, compute_max_rows, encode_request_parts
+from router.degradation import LeftOut, leave_out
 from router.dispatch_counters import DispatchCounters
-from router.dispatch_plan import GroupFrame, plan_frames, split_frame
+from router.dispatch_plan import GroupFrame, compute_turns, plan_frames, split_frame
 from router.errors import (
     BadReply,
     CallTimeout,
@@ -59,12 +60,14 @@ ReplyOrError = ComputeReply | ReplicaError
 @dataclass(frozen=True)
 class DispatchOptions:
     """wire_format: of activations, out and back. call_timeout_s: for one attempt of one frame.
-    expert_wait_s: for a group without a usable replica, all attempts together."""
+    expert_wait_s: for a group without a usable replica, all attempts together. max_missing_experts: of a token, that
+    are left out instead of waited for; see router/degradation.py."""
 
     wire_format: WireFormat
     combine: CombineMode
     call_timeout_s: float
     expert_wait_s: float
+    max_missing_experts: int = 0
 
 
 class PostedFrame(NamedTuple):
@@ -154,10 +157,23 @@ class Dispatcher:
             pending.start()
         return pending
 
-    def plan(self, layer: _Layer) -> list[GroupFrame]:
+    def leave_out(self, layer: _Layer) -> LeftOut | None:
+        """What a layer does without now, where that is allowed."""
+        most = self._options.max_missing_experts
+        absent = self._pool.absent_groups() if most else frozenset[int]()
+        if not absent:
+            return None
+        return leave_out(layer.topk_ids, layer.topk_weights, self._pool.expert_groups(layer.layer_id), absent, most)
+
+    def plan(self, layer: _Layer, left_out: LeftOut | None = None) -> list[GroupFrame]:
         """Raises TableChanged when the table in force does not host every chosen expert."""
+        groups = self._pool.expert_groups(layer.layer_id)
         try:
-            frames = plan_frames(layer.topk_ids, layer.topk_weights, self._pool.expert_groups(layer.layer_id))
+            if left_out is None:
+                frames = plan_frames(layer.topk_ids, layer.topk_weights, groups)
+            else:
+                turns = compute_turns(layer.topk_weights, len(groups))
+                frames = plan_frames(left_out.topk_ids, left_out.topk_weights, groups, turns)
         except LookupError as error:
             raise TableChanged(str(error)) from error
         max_rows = compute_max_rows(
@@ -376,6 +392,7 @@ class PendingGather:
         self._loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._table_version = 0
+        self._left_out: LeftOut | None = None
         self._frames: list[GroupFrame] = []
         self._group_names: list[str] = []
         self._replies: list[Tensor | None] = []
@@ -394,8 +411,9 @@ class PendingGather:
         table = self._dispatcher.pool.table
         self._table_version = table.version
         self._failed.clear()
+        self._left_out = self._dispatcher.leave_out(self._layer)
         try:
-            self._frames = self._dispatcher.plan(self._layer)
+            self._frames = self._dispatcher.plan(self._layer, self._left_out)
         except TableChanged as error:
             self._plan_again(error)
             return
@@ -405,8 +423,11 @@ class PendingGather:
         self._num_missing = len(self._frames)
         if not self._frames:
             self._finished.set_result(None)
-        for index in range(len(self._frames)):
+        frames = self._frames
+        for index in range(len(frames)):
             self._send(index)
+            if self._frames is not frames:  # it began anew, without experts that are missing
+                return
         self._set_timer()
 
     def adopt(self, sent: dict[int, SentFrame], asked: Asked) -> None:
@@ -456,9 +477,16 @@ class PendingGather:
                 total = self._dispatcher.combine(self._layer, self._frames, replies)
                 # One pass, in which anything that is not finite shows.
                 if math.isfinite(total.sum().item()) or not self._ask_again():
+                    if self._left_out is not None:
+                        self._dispatcher.counters.num_left_out += int(self._left_out.num_left_out.sum())
                     return total
         finally:
             self._stop()
+
+    @property
+    def num_left_out(self) -> npt.NDArray[np.int32] | None:
+        """[num_tokens]: experts of each row that the gathered sum does without; None: of none."""
+        return None if self._left_out is None else self._left_out.num_left_out
 
     def abandon(self) -> None:
         """Instead of gather(): nobody wants the result any more."""
@@ -471,6 +499,10 @@ class PendingGather:
         frame, name = self._frames[index], self._group_names[index]
         on_done = functools.partial(self._on_done, index)
         posted = self._dispatcher.post(self._layer, frame, name, on_done, failed)
+        if posted is None and self._left_out is None and self._dispatcher.leave_out(self._layer) is not None:
+            self._stop()
+            self.start()
+            return
         if posted is None:
             self._start_task(self._call_group(index, failed))
             return

@@ -46,18 +46,21 @@ def plan_frames(
     topk_ids: npt.NDArray[np.int64],
     topk_weights: npt.NDArray[np.float32],
     expert_groups: npt.NDArray[np.int64],
+    turns: npt.NDArray[np.int64] | None = None,
 ) -> list[GroupFrame]:
     """Split a layer's batch into one frame per expert group that any row chose, in the table's group order.
 
     topk_ids: [num_tokens, num_experts_per_tok] int64; a negative id is no choice and is skipped.
     topk_weights: the same shape, float32.
     expert_groups: [num_turns, n_routed_experts], group index of each expert (ExpertTable.expert_turns).
+    turns: [num_tokens], None: compute_turns of the weights.
     Raises LookupError naming the expert if a chosen one is served by no group.
     """
     num_tokens, num_experts_per_tok = topk_ids.shape
     if not topk_ids.size:
         return []
-    turns = compute_turns(topk_weights, len(expert_groups))
+    if turns is None:
+        turns = compute_turns(topk_weights, len(expert_groups))
     if topk_ids.size <= _FEW_PAIRS:
         return _plan_few_frames(topk_ids, topk_weights, expert_groups, turns)
     order = np.argsort(topk_ids, axis=1, kind="stable")

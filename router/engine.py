@@ -214,6 +214,8 @@ class Engine:
             sequence = chunk.sequence
             if sequence.cancelled:
                 continue
+            rows = slice(segment.start, segment.start + segment.num_new)
+            sequence.num_left_out += int(batch.num_left_out[rows].sum())
             if self._take(chunk, sampled.get(sequence, [])):
                 going_on.append((sequence, segment))
         if self._drafter is not None and going_on:

@@ -180,6 +180,10 @@ class ExpertPool:
         waiting = [name for name in self._table.group_names if not self._usable(name)]
         return f"waiting for a replica of expert group {', '.join(waiting)}" if waiting else None
 
+    def absent_groups(self) -> frozenset[int]:
+        """Indices in the table of groups without a connected replica."""
+        return frozenset(index for index, name in enumerate(self._table.group_names) if not self._usable(name))
+
     @property
     def unserved_s(self) -> float:
         """How long some (layer, expert) has had no connected replica; 0 while all have."""

@@ -156,4 +156,5 @@ def _slice_batch(batch: StepBatch, segment_starts: Sequence[int], start: int, en
         slot_mapping=batch.slot_mapping[start:end],
         block_tables=batch.block_tables[first:last, :num_blocks].contiguous(),
         segments=segments,
+        num_left_out=batch.num_left_out[start:end],
     )

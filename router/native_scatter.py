@@ -21,6 +21,8 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -76,6 +78,9 @@ class SentFrame(NamedTuple):
 
 
 class Gather(Protocol):
+    @property
+    def num_left_out(self) -> npt.NDArray[np.int32] | None: ...
+
     async def gather(self) -> Tensor: ...
 
     def abandon(self) -> None: ...
@@ -285,6 +290,11 @@ class NativeRound:
             self._successor = scatter.go_on(self._asked, {})
             return await self._successor.gather()
         return self._total
+
+    @property
+    def num_left_out(self) -> npt.NDArray[np.int32] | None:
+        """See PendingGather."""
+        return None if self._successor is None else self._successor.num_left_out
 
     def abandon(self) -> None:
         """Instead of gather(): nobody wants the result any more."""

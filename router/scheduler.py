@@ -115,9 +115,10 @@ class Scheduler:
         sequence.num_computed = num_computed
         extend_block_hashes_(sequence.block_hashes, sequence.token_ids, sequence.request.cache_salt)
         num_full = min(num_computed // BLOCK_SIZE, len(sequence.block_hashes))
-        for index in range(sequence.num_published, num_full):
-            self.pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
-        sequence.num_published = max(sequence.num_published, num_full)
+        if not sequence.num_left_out:
+            for index in range(sequence.num_published, num_full):
+                self.pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
+            sequence.num_published = max(sequence.num_published, num_full)
         self._trim(sequence)
 
     def reserve_drafts(self, sequence: Sequence, num_drafts: int) -> int:

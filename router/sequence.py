@@ -76,8 +76,9 @@ class Sequence:
     num_cached_tokens: of the prompt, found in the cache when it was first admitted; None: not yet.
     num_prompt_tokens_sent: prompt tokens handed out with their logprobs; a sequence that is computed anew sends none
     twice. draft_token_ids: guesses of the tokens behind the known ones, to be verified in the next step.
-    counts: of its tokens, where it has penalties. grammar: what its answer must match. outputs ends with one that has a
-    finish_reason, or with an error.
+    num_left_out: experts that its rows had to do without, those of drafts included; what it computes from then on is
+    not for others. counts: of its tokens, where it has penalties. grammar: what its answer must match. outputs ends with
+    one that has a finish_reason, or with an error.
     """
 
     request: GenerationRequest
@@ -95,6 +96,7 @@ class Sequence:
     draft_token_ids: list[int] = field(default_factory=list[int])
     cancelled: bool = False
     grammar: GrammarState | None = None
+    num_left_out: int = 0
     counts: TokenCounts | None = field(init=False, default=None)
     outputs: asyncio.Queue[SequenceOutput | Exception] = field(
         default_factory=asyncio.Queue[SequenceOutput | Exception]

@@ -86,7 +86,8 @@ class RouterConfig:
     call. expert_wait_s: for a group with no usable replica. heartbeats: of the
     expert replicas. numerics: see expert_pool.PoolOptions. queue_policy: who is next; fair: shared out between the
     fairness_keys of requests, fcfs: by arrival. priority_ageing_s: of waiting, after which a request rises a class.
-    tls_dir: of certificates; None: unencrypted, which allow_insecure permits on an address that others reach."""
+    max_missing_experts: see router/degradation.py; 0: a token waits for all of its experts. tls_dir: of certificates;
+    None: unencrypted, which allow_insecure permits on an address that others reach."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -109,6 +110,7 @@ class RouterConfig:
     expert_wait_s: float = 30.0
     heartbeats: HeartbeatOptions = DEFAULT_HEARTBEATS
     numerics: Numerics = "sticky"
+    max_missing_experts: int = 0
     num_threads: int | None = None
     device: str = "cpu"
     expert_endpoints: tuple[str, ...] = ()
@@ -280,7 +282,13 @@ class RouterServer:
                 torch.cuda.set_device(self._device)
             dispatcher = Dispatcher(
                 self.pool,
-                DispatchOptions(config.wire_format, config.combine, config.call_timeout_s, config.expert_wait_s),
+                DispatchOptions(
+                    config.wire_format,
+                    config.combine,
+                    config.call_timeout_s,
+                    config.expert_wait_s,
+                    config.max_missing_experts,
+                ),
             )
             limits = self._limits()
             with torch.inference_mode():
@@ -387,8 +395,10 @@ class RouterServer:
         return psutil.virtual_memory().available if available_bytes is None else available_bytes
 
     def _find_outage(self) -> str | None:
-        """What no request may wait for any more: experts that have been away for expert_wait_s. While the weights were
-        being loaded, nobody waited for them."""
+        """What no request may wait for any more: experts that have been away for expert_wait_s, unless some may be left
+        out. While the weights were being loaded, nobody waited for them."""
+        if self._config.max_missing_experts:
+            return None
         away_s = min(self.pool.unserved_s, time.monotonic() - self._engine_made_at)
         if away_s < OUTAGE_SHARE * self._config.expert_wait_s:
             return None

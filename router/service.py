@@ -269,6 +269,7 @@ def _write_output(output: SequenceOutput, sequence: Sequence) -> pb.GenerateResp
         cached_tokens=sequence.num_cached_tokens or 0,
         router_us=sequence.router_ns // 1000,
         expert_us=sequence.expert_ns // 1000,
+        num_left_out=sequence.num_left_out,
         tokens=[_write_token(token) for token in output.tokens],
         prompt_tokens=[_write_token(token) for token in output.prompt_tokens],
     )

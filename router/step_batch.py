@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -43,6 +44,7 @@ class StepBatch:
     input_ids, positions: [T] int64.
     slot_mapping: [T] int64: each token's row in a layer's cache seen as [num_blocks * BLOCK_SIZE, width].
     block_tables: [num_segments, max_blocks] int32, row i for segments[i], padded with 0.
+    num_left_out: [T] int32, added to by the layers: experts that a row had to do without (router/degradation.py).
     """
 
     input_ids: Tensor
@@ -50,6 +52,7 @@ class StepBatch:
     slot_mapping: Tensor
     block_tables: Tensor
     segments: Sequence[Segment]
+    num_left_out: npt.NDArray[np.int32]
 
 
 def build_step_batch(spans: Sequence[TokenSpan]) -> StepBatch:
@@ -77,4 +80,5 @@ def build_step_batch(spans: Sequence[TokenSpan]) -> StepBatch:
         slot_mapping=torch.tensor(slots),
         block_tables=torch.from_numpy(block_tables),
         segments=segments,
+        num_left_out=np.zeros(len(input_ids), dtype=np.int32),
     )

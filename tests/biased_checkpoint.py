@@ -1,4 +1,4 @@
-"""The demo checkpoint with a gate that is biased towards a few experts: a load as skewed as one likes, of real tokens."""
+"""The demo checkpoint with a gate that is biased towards a few experts: a load as skewed as one likes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from router.api.chat_job import ChatAnswer, ChatJob, ChatUsage, collect_chat, pr
 from router.api.chat_types import ChatRequest
 from router.api.connection import encode_json, open_stream, until_gone
 from router.api.context import ApiContext, get_context
-from router.api.generation import FinishReason
+from router.api.generation import FinishReason, mark_left_out
 from router.api.logprobs import chat_logprobs
 from router.api.usage import make_usage
 
@@ -57,6 +57,7 @@ async def _collect(context: ApiContext, job: ChatJob) -> Response:
                     "message": _format_message(answer),
                     "logprobs": chat_logprobs(answer.tokens, context.tokenizer) if job.body.logprobs else None,
                     "finish_reason": answer.finish_reason,
+                    **mark_left_out(answer.num_left_out),
                 }
                 for index, answer in enumerate(answers)
             ],
@@ -101,7 +102,8 @@ async def _stream(context: ApiContext, job: ChatJob) -> AsyncGenerator[bytes, No
             for position, piece in enumerate(pieces):
                 yield encode(_format_delta(delta.index, piece, logprobs if position == 0 else None))
             if delta.finish_reason is not None:
-                yield encode(_format_delta(delta.index, {}, finish_reason=delta.finish_reason))
+                last = _format_delta(delta.index, {}, finish_reason=delta.finish_reason)
+                yield encode(last | mark_left_out(delta.num_left_out))
     if job.body.include_usage:
         yield encode_json({**envelope, "choices": [], "usage": _make_usage(job, usage)})
 

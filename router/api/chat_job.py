@@ -46,7 +46,7 @@ class ChatJob:
 
 class ChatDelta(NamedTuple):
     """A piece of one choice. tokens: those behind the events, as far as they are text; finish_reason: None until the
-    last piece. stopped_by: the stop string that ended it."""
+    last piece. stopped_by: the stop string that ended it. num_left_out: see Delta."""
 
     index: int
     events: list[Event]
@@ -54,6 +54,7 @@ class ChatDelta(NamedTuple):
     finish_reason: FinishReason | None
     cached_tokens: int
     stopped_by: str | None
+    num_left_out: int
 
 
 async def encode_chat(
@@ -147,7 +148,9 @@ def _read(delta: Delta, parser: AnswerParser) -> ChatDelta:
     finish_reason = delta.finish_reason
     if finish_reason == "stop" and parser.num_calls > 0:
         finish_reason = "tool_calls"
-    return ChatDelta(delta.index, events, delta.tokens, finish_reason, delta.cached_tokens, delta.stopped_by)
+    return ChatDelta(
+        delta.index, events, delta.tokens, finish_reason, delta.cached_tokens, delta.stopped_by, delta.num_left_out
+    )
 
 
 @dataclass(slots=True)
@@ -167,11 +170,13 @@ class ChatAnswer:
     tokens: list[TokenEntry] = field(default_factory=list[TokenEntry])
     finish_reason: FinishReason | None = None
     stopped_by: str | None = None
+    num_left_out: int = 0
 
     def add(self, delta: ChatDelta) -> None:
         self.tokens.extend(delta.tokens)
         self.finish_reason = delta.finish_reason
         self.stopped_by = delta.stopped_by
+        self.num_left_out = delta.num_left_out
         for event in delta.events:
             match event:
                 case Reasoning(text):
@@ -193,12 +198,14 @@ class ChatUsage:
         self._is_reasoning = [job.is_reasoning for _ in job.plans]
         self._is_started = [False for _ in job.plans]
         self._cached_tokens: dict[int, int] = {}
+        self._left_out: dict[int, int] = {}
         self.completion_tokens = 0
         self.reasoning_tokens = 0
 
     def add(self, delta: ChatDelta) -> None:
         index = delta.index
         self._cached_tokens[index] = delta.cached_tokens
+        self._left_out[index] = delta.num_left_out
         self.completion_tokens += len(delta.tokens)
         for token in delta.tokens:
             if token.token_id == self._think_begin and not self._is_started[index]:
@@ -207,6 +214,11 @@ class ChatUsage:
             self.reasoning_tokens += self._is_reasoning[index]
             if token.token_id == self._think_end:
                 self._is_reasoning[index] = False
+
+    @property
+    def num_left_out(self) -> int:
+        """Experts that all choices together had to do without (router/degradation.py)."""
+        return sum(self._left_out.values())
 
     @property
     def cached_tokens(self) -> int:

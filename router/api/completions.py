@@ -17,7 +17,7 @@ from router.api.completions_types import DEFAULT_MAX_TOKENS, CompletionRequest
 from router.api.connection import encode_json, open_stream, until_gone
 from router.api.context import ApiContext, get_context
 from router.api.errors import BadRequest
-from router.api.generation import Delta, FinishReason, SequencePlan, generate
+from router.api.generation import Delta, FinishReason, SequencePlan, generate, mark_left_out
 from router.api.logprobs import TokenEntry, completion_logprobs
 from router.api.usage import make_usage, sum_cached_tokens
 from router.v1 import router_pb2
@@ -125,6 +125,7 @@ class _Choice:
     num_tokens: int
     finish_reason: FinishReason | None
     cached_tokens: int = 0
+    num_left_out: int = 0
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
@@ -133,6 +134,7 @@ class _Choice:
         self.num_tokens += len(delta.tokens)
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.cached_tokens = delta.cached_tokens
+        self.num_left_out = delta.num_left_out
 
 
 async def _collect(context: ApiContext, job: _Job) -> Response:
@@ -146,6 +148,7 @@ async def _collect(context: ApiContext, job: _Job) -> Response:
             **job.envelope(),
             "choices": [
                 _format_choice(context, job, choice.index, choice.text, choice.tokens, choice.finish_reason)
+                | mark_left_out(choice.num_left_out)
                 for choice in choices
             ],
             "usage": make_usage(
@@ -169,6 +172,8 @@ async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]
     ) -> bytes:
         def build() -> dict[str, Any]:
             choice = _format_choice(context, job, delta.index, text, entries, finish_reason)
+            if finish_reason is not None:
+                choice |= mark_left_out(delta.num_left_out)
             return {**envelope, "choices": [choice]}
 
         return await context.build_json(build, num_tokens=0 if job.body.logprobs is None else len(entries))

@@ -21,6 +21,7 @@ class Continuation:
         self._num_to_skip = 0
         self._router_us = _Sum()
         self._expert_us = _Sum()
+        self._num_left_out = _Sum()
 
     @property
     def num_tokens(self) -> int:
@@ -31,6 +32,7 @@ class Continuation:
         """The request for the next router: what goes on behind the tokens received."""
         self._router_us.begin()
         self._expert_us.begin()
+        self._num_left_out.begin()
         if not self._token_ids:
             self._num_to_skip = self._num_prompt_tokens  # prompt tokens come again from the first on
             return self._request
@@ -50,6 +52,7 @@ class Continuation:
         sequence, whether or not the router lives to say so. Returns whether it brings anything new."""
         response.router_us = self._router_us.add(response.router_us)
         response.expert_us = self._expert_us.add(response.expert_us)
+        response.num_left_out = self._num_left_out.add(response.num_left_out)
         if self._num_to_skip > 0 and response.prompt_tokens:
             num_dropped = min(self._num_to_skip, len(response.prompt_tokens))
             self._num_to_skip -= num_dropped

@@ -57,6 +57,8 @@ class Delta(NamedTuple):
     """What the choice has cost so far."""
     stopped_by: str | None = None
     """The stop string that ended the text."""
+    num_left_out: int = 0
+    """Experts that the choice had to do without so far (router/degradation.py)."""
 
 
 async def generate(
@@ -171,7 +173,7 @@ class _Assembler:
             deltas.append(
                 Delta(
                     self._plan.index, text, (), self._tokens, finish_reason, self._cached_tokens,
-                    response.router_us, response.expert_us, stopped_by,
+                    response.router_us, response.expert_us, stopped_by, response.num_left_out,
                 )
             )  # fmt: skip
             self._tokens = []
@@ -203,3 +205,8 @@ _FINISH_REASONS: dict[int, FinishReason | None] = {
     router_pb2.FINISH_REASON_STOP: "stop",
     router_pb2.FINISH_REASON_LENGTH: "length",
 }
+
+
+def mark_left_out(num_left_out: int) -> dict[str, int]:
+    """What a choice says of an answer that had to do without experts; nothing of any other."""
+    return {"left_out_experts": num_left_out} if num_left_out else {}

@@ -27,6 +27,7 @@ from router.api.chat_job import (
 )
 from router.api.connection import NAMED, encode_event, encode_json, open_stream, until_gone
 from router.api.context import ApiContext, get_context
+from router.api.generation import mark_left_out
 from router.api.messages_types import CountTokensRequest, MessagesRequest
 
 routes = APIRouter()
@@ -117,6 +118,7 @@ def _make_usage(job: ChatJob, usage: ChatUsage) -> dict[str, int]:
         "cache_read_input_tokens": usage.cached_tokens,
         "cache_creation_input_tokens": 0,
         "output_tokens": usage.completion_tokens,
+        **mark_left_out(usage.num_left_out),
     }
 
 

@@ -15,6 +15,7 @@ from router.api.chat_job import ChatJob, ChatUsage, prepare_chat, run_chat
 from router.api.connection import NAMED, encode_event, encode_json, open_stream, until_gone
 from router.api.context import ApiContext, get_context
 from router.api.form_types import NamedTool
+from router.api.generation import mark_left_out
 from router.api.responses_types import ResponsesRequest
 
 routes = APIRouter()
@@ -137,6 +138,7 @@ class _ResponseWriter:
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
             "total_tokens": self._num_prompt_tokens + usage.completion_tokens,
+            **mark_left_out(usage.num_left_out),
         }
         yield self._event("response.completed" if is_complete else "response.incomplete", response=self.response)
 

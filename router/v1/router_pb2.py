@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from experts.v1 import experts_pb2 as experts_dot_v1_dot_experts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16router/v1/router.proto\x12\trouter.v1\x1a\x18\x65xperts/v1/experts.proto\"\xbd\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.router.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x15\n\x13_repetition_penalty\"o\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0f\n\x07lenient\x18\x04 \x01(\x08\x12\x13\n\x0bstart_after\x18\x05 \x03(\rB\x06\n\x04kind\"\xab\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.router.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12\x19\n\x11num_answer_tokens\x18\n \x01(\r\x12\x10\n\x08priority\x18\x0b \x01(\x11\x12\x14\n\x0c\x66\x61irness_key\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\t\x12\x17\n\x0f\x66\x61irness_weight\x18\x0e \x01(\x01\x12#\n\x07grammar\x18\x14 \x01(\x0b\x32\x12.router.v1.GrammarB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"n\n\x0bTokenOutput\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\x42\n\n\x08_logprob\"\x84\x02\n\x10GenerateResponse\x12&\n\x06tokens\x18\x01 \x03(\x0b\x32\x16.router.v1.TokenOutput\x12-\n\rprompt_tokens\x18\x02 \x03(\x0b\x32\x16.router.v1.TokenOutput\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x11\n\trouter_us\x18\x06 \x01(\x04\x12\x11\n\texpert_us\x18\x07 \x01(\x04\x42\x10\n\x0e_stop_token_id\"\x98\x01\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x15\n\rweight_digest\x18\x04 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x05 \x01(\t\x12&\n\x05state\x18\x06 \x01(\x0e\x32\x17.router.v1.ReplicaState\"d\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06hosted\x18\x02 \x03(\x0b\x32\x17.experts.v1.ExpertRange\x12$\n\x08replicas\x18\x03 \x03(\x0b\x32\x12.router.v1.Replica\"@\n\x0b\x45xpertTable\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12 \n\x06groups\x18\x02 \x03(\x0b\x32\x10.router.v1.Group\"A\n\x18UpdateExpertTableRequest\x12%\n\x05table\x18\x01 \x01(\x0b\x32\x16.router.v1.ExpertTable\",\n\x19UpdateExpertTableResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x0f\n\rStatusRequest\"\xa3\x05\n\x0eStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x15\n\rtable_version\x18\x06 \x01(\x04\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x17\n\x0f\x63urrent_step_ms\x18\n \x01(\r\x12\x1d\n\x15\x63onnected_replica_ids\x18\x0b \x03(\t\x12\x15\n\rload_progress\x18\x0c \x01(\x02\x12\x12\n\nnum_blocks\x18\r \x01(\r\x12\x17\n\x0fnum_blocks_held\x18\x0e \x01(\r\x12\x17\n\x0fnum_blocks_idle\x18\x0f \x01(\r\x12\x12\n\nblock_size\x18\x10 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x11 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x12 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x13 \x01(\x04\x12(\n\nstep_times\x18\x14 \x01(\x0b\x32\x14.router.v1.StepTimes\x12\x11\n\tnum_turns\x18\x15 \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\x16 \x01(\x04\x12\x13\n\x0bnum_drafted\x18\x17 \x03(\x04\x12\x14\n\x0cnum_accepted\x18\x18 \x03(\x04\x12\x13\n\x0bunserved_ms\x18\x19 \x01(\x04\x12-\n\x08\x64ispatch\x18\x1a \x01(\x0b\x32\x1b.router.v1.DispatchCounters\x12)\n\x08replicas\x18\x1b \x03(\x0b\x32\x17.router.v1.ReplicaTimes\"\xdf\x02\n\x10\x44ispatchCounters\x12\x12\n\nnum_frames\x18\x01 \x01(\x04\x12\x13\n\x0bnum_retries\x18\x02 \x01(\x04\x12\x13\n\x0bnum_replans\x18\x03 \x01(\x04\x12\x12\n\nnum_hedges\x18\x04 \x01(\x04\x12\x16\n\x0enum_hedges_won\x18\x05 \x01(\x04\x12\x12\n\nnum_probes\x18\x06 \x01(\x04\x12\x14\n\x0cnum_rerouted\x18\x07 \x01(\x04\x12\x1d\n\x15num_missed_heartbeats\x18\x08 \x01(\x04\x12\x19\n\x11num_dead_replicas\x18\t \x01(\x04\x12\x15\n\rnum_crossings\x18\n \x01(\x04\x12\x37\n\x06\x65rrors\x18\x0b \x03(\x0b\x32\'.router.v1.DispatchCounters.ErrorsEntry\x1a-\n\x0b\x45rrorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x86\x01\n\x0cReplicaTimes\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x12\n\nnum_frames\x18\x03 \x01(\x04\x12\x17\n\x0fnum_outstanding\x18\x04 \x01(\r\x12\x10\n\x08slowness\x18\x05 \x01(\x02\x12\x10\n\x08\x66rame_ms\x18\x06 \x01(\x02\"\xb4\x01\n\tStepTimes\x12\x14\n\x0c\x61ttention_ns\x18\x01 \x01(\x04\x12\x0f\n\x07gate_ns\x18\x02 \x01(\x04\x12\x12\n\nscatter_ns\x18\x03 \x01(\x04\x12\x0f\n\x07wait_ns\x18\x04 \x01(\x04\x12\x11\n\tshared_ns\x18\x05 \x01(\x04\x12\x0f\n\x07head_ns\x18\x06 \x01(\x04\x12\x11\n\tsample_ns\x18\x07 \x01(\x04\x12\x13\n\x0boverhead_ns\x18\x08 \x01(\x04\x12\x0f\n\x07step_ns\x18\t \x01(\x04\"v\n\x05Tally\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.router.v1.TallyKind\x12)\n\x08\x61\x63\x63ounts\x18\x04 \x03(\x0b\x32\x17.router.v1.AccountTally\"\x94\x01\n\x0c\x41\x63\x63ountTally\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61nd\x18\x02 \x01(\x11\x12\x0f\n\x07service\x18\x03 \x01(\x01\x12\x15\n\ris_backlogged\x18\x04 \x01(\x08\x12\x14\n\x0cnum_requests\x18\x05 \x01(\x04\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\";\n\x16\x45xchangeTalliesRequest\x12!\n\x07tallies\x18\x01 \x03(\x0b\x32\x10.router.v1.Tally\"<\n\x17\x45xchangeTalliesResponse\x12!\n\x07tallies\x18\x01 \x03(\x0b\x32\x10.router.v1.Tally*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x96\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x16\n\x12REPLICA_STATE_DEAD\x10\x04*T\n\tTallyKind\x12\x1a\n\x16TALLY_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11TALLY_KIND_ROUTER\x10\x01\x12\x14\n\x10TALLY_KIND_FRONT\x10\x02\x32\x8b\x03\n\rRouterService\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12^\n\x11UpdateExpertTable\x12#.router.v1.UpdateExpertTableRequest\x1a$.router.v1.UpdateExpertTableResponse\x12:\n\x05\x44rain\x12\x17.router.v1.DrainRequest\x1a\x18.router.v1.DrainResponse\x12=\n\x06Status\x12\x18.router.v1.StatusRequest\x1a\x19.router.v1.StatusResponse\x12X\n\x0f\x45xchangeTallies\x12!.router.v1.ExchangeTalliesRequest\x1a\".router.v1.ExchangeTalliesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16router/v1/router.proto\x12\trouter.v1\x1a\x18\x65xperts/v1/experts.proto\"\xbd\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.router.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x15\n\x13_repetition_penalty\"o\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0f\n\x07lenient\x18\x04 \x01(\x08\x12\x13\n\x0bstart_after\x18\x05 \x03(\rB\x06\n\x04kind\"\xab\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.router.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12\x19\n\x11num_answer_tokens\x18\n \x01(\r\x12\x10\n\x08priority\x18\x0b \x01(\x11\x12\x14\n\x0c\x66\x61irness_key\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\t\x12\x17\n\x0f\x66\x61irness_weight\x18\x0e \x01(\x01\x12#\n\x07grammar\x18\x14 \x01(\x0b\x32\x12.router.v1.GrammarB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"n\n\x0bTokenOutput\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\x42\n\n\x08_logprob\"\x9a\x02\n\x10GenerateResponse\x12&\n\x06tokens\x18\x01 \x03(\x0b\x32\x16.router.v1.TokenOutput\x12-\n\rprompt_tokens\x18\x02 \x03(\x0b\x32\x16.router.v1.TokenOutput\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x11\n\trouter_us\x18\x06 \x01(\x04\x12\x11\n\texpert_us\x18\x07 \x01(\x04\x12\x14\n\x0cnum_left_out\x18\x08 \x01(\x04\x42\x10\n\x0e_stop_token_id\"\x98\x01\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x15\n\rweight_digest\x18\x04 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x05 \x01(\t\x12&\n\x05state\x18\x06 \x01(\x0e\x32\x17.router.v1.ReplicaState\"d\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06hosted\x18\x02 \x03(\x0b\x32\x17.experts.v1.ExpertRange\x12$\n\x08replicas\x18\x03 \x03(\x0b\x32\x12.router.v1.Replica\"@\n\x0b\x45xpertTable\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12 \n\x06groups\x18\x02 \x03(\x0b\x32\x10.router.v1.Group\"A\n\x18UpdateExpertTableRequest\x12%\n\x05table\x18\x01 \x01(\x0b\x32\x16.router.v1.ExpertTable\",\n\x19UpdateExpertTableResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x0f\n\rStatusRequest\"\xa3\x05\n\x0eStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x15\n\rtable_version\x18\x06 \x01(\x04\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x17\n\x0f\x63urrent_step_ms\x18\n \x01(\r\x12\x1d\n\x15\x63onnected_replica_ids\x18\x0b \x03(\t\x12\x15\n\rload_progress\x18\x0c \x01(\x02\x12\x12\n\nnum_blocks\x18\r \x01(\r\x12\x17\n\x0fnum_blocks_held\x18\x0e \x01(\r\x12\x17\n\x0fnum_blocks_idle\x18\x0f \x01(\r\x12\x12\n\nblock_size\x18\x10 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x11 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x12 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x13 \x01(\x04\x12(\n\nstep_times\x18\x14 \x01(\x0b\x32\x14.router.v1.StepTimes\x12\x11\n\tnum_turns\x18\x15 \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\x16 \x01(\x04\x12\x13\n\x0bnum_drafted\x18\x17 \x03(\x04\x12\x14\n\x0cnum_accepted\x18\x18 \x03(\x04\x12\x13\n\x0bunserved_ms\x18\x19 \x01(\x04\x12-\n\x08\x64ispatch\x18\x1a \x01(\x0b\x32\x1b.router.v1.DispatchCounters\x12)\n\x08replicas\x18\x1b \x03(\x0b\x32\x17.router.v1.ReplicaTimes\"\xf5\x02\n\x10\x44ispatchCounters\x12\x12\n\nnum_frames\x18\x01 \x01(\x04\x12\x13\n\x0bnum_retries\x18\x02 \x01(\x04\x12\x13\n\x0bnum_replans\x18\x03 \x01(\x04\x12\x12\n\nnum_hedges\x18\x04 \x01(\x04\x12\x16\n\x0enum_hedges_won\x18\x05 \x01(\x04\x12\x12\n\nnum_probes\x18\x06 \x01(\x04\x12\x14\n\x0cnum_rerouted\x18\x07 \x01(\x04\x12\x1d\n\x15num_missed_heartbeats\x18\x08 \x01(\x04\x12\x19\n\x11num_dead_replicas\x18\t \x01(\x04\x12\x15\n\rnum_crossings\x18\n \x01(\x04\x12\x37\n\x06\x65rrors\x18\x0b \x03(\x0b\x32\'.router.v1.DispatchCounters.ErrorsEntry\x12\x14\n\x0cnum_left_out\x18\x0c \x01(\x04\x1a-\n\x0b\x45rrorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x86\x01\n\x0cReplicaTimes\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x12\n\nnum_frames\x18\x03 \x01(\x04\x12\x17\n\x0fnum_outstanding\x18\x04 \x01(\r\x12\x10\n\x08slowness\x18\x05 \x01(\x02\x12\x10\n\x08\x66rame_ms\x18\x06 \x01(\x02\"\xb4\x01\n\tStepTimes\x12\x14\n\x0c\x61ttention_ns\x18\x01 \x01(\x04\x12\x0f\n\x07gate_ns\x18\x02 \x01(\x04\x12\x12\n\nscatter_ns\x18\x03 \x01(\x04\x12\x0f\n\x07wait_ns\x18\x04 \x01(\x04\x12\x11\n\tshared_ns\x18\x05 \x01(\x04\x12\x0f\n\x07head_ns\x18\x06 \x01(\x04\x12\x11\n\tsample_ns\x18\x07 \x01(\x04\x12\x13\n\x0boverhead_ns\x18\x08 \x01(\x04\x12\x0f\n\x07step_ns\x18\t \x01(\x04\"v\n\x05Tally\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.router.v1.TallyKind\x12)\n\x08\x61\x63\x63ounts\x18\x04 \x03(\x0b\x32\x17.router.v1.AccountTally\"\x94\x01\n\x0c\x41\x63\x63ountTally\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61nd\x18\x02 \x01(\x11\x12\x0f\n\x07service\x18\x03 \x01(\x01\x12\x15\n\ris_backlogged\x18\x04 \x01(\x08\x12\x14\n\x0cnum_requests\x18\x05 \x01(\x04\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\";\n\x16\x45xchangeTalliesRequest\x12!\n\x07tallies\x18\x01 \x03(\x0b\x32\x10.router.v1.Tally\"<\n\x17\x45xchangeTalliesResponse\x12!\n\x07tallies\x18\x01 \x03(\x0b\x32\x10.router.v1.Tally*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x96\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x16\n\x12REPLICA_STATE_DEAD\x10\x04*T\n\tTallyKind\x12\x1a\n\x16TALLY_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11TALLY_KIND_ROUTER\x10\x01\x12\x14\n\x10TALLY_KIND_FRONT\x10\x02\x32\x8b\x03\n\rRouterService\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12^\n\x11UpdateExpertTable\x12#.router.v1.UpdateExpertTableRequest\x1a$.router.v1.UpdateExpertTableResponse\x12:\n\x05\x44rain\x12\x17.router.v1.DrainRequest\x1a\x18.router.v1.DrainResponse\x12=\n\x06Status\x12\x18.router.v1.StatusRequest\x1a\x19.router.v1.StatusResponse\x12X\n\x0f\x45xchangeTallies\x12!.router.v1.ExchangeTalliesRequest\x1a\".router.v1.ExchangeTalliesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,12 +36,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_DISPATCHCOUNTERS_ERRORSENTRY']._loaded_options = None
   _globals['_DISPATCHCOUNTERS_ERRORSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3574
-  _globals['_FINISHREASON']._serialized_end=3669
-  _globals['_REPLICASTATE']._serialized_start=3672
-  _globals['_REPLICASTATE']._serialized_end=3822
-  _globals['_TALLYKIND']._serialized_start=3824
-  _globals['_TALLYKIND']._serialized_end=3908
+  _globals['_FINISHREASON']._serialized_start=3618
+  _globals['_FINISHREASON']._serialized_end=3713
+  _globals['_REPLICASTATE']._serialized_start=3716
+  _globals['_REPLICASTATE']._serialized_end=3866
+  _globals['_TALLYKIND']._serialized_start=3868
+  _globals['_TALLYKIND']._serialized_end=3952
   _globals['_SAMPLINGPARAMS']._serialized_start=64
   _globals['_SAMPLINGPARAMS']._serialized_end=381
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=310
@@ -53,41 +53,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENOUTPUT']._serialized_start=926
   _globals['_TOKENOUTPUT']._serialized_end=1036
   _globals['_GENERATERESPONSE']._serialized_start=1039
-  _globals['_GENERATERESPONSE']._serialized_end=1299
-  _globals['_REPLICA']._serialized_start=1302
-  _globals['_REPLICA']._serialized_end=1454
-  _globals['_GROUP']._serialized_start=1456
-  _globals['_GROUP']._serialized_end=1556
-  _globals['_EXPERTTABLE']._serialized_start=1558
-  _globals['_EXPERTTABLE']._serialized_end=1622
-  _globals['_UPDATEEXPERTTABLEREQUEST']._serialized_start=1624
-  _globals['_UPDATEEXPERTTABLEREQUEST']._serialized_end=1689
-  _globals['_UPDATEEXPERTTABLERESPONSE']._serialized_start=1691
-  _globals['_UPDATEEXPERTTABLERESPONSE']._serialized_end=1735
-  _globals['_DRAINREQUEST']._serialized_start=1737
-  _globals['_DRAINREQUEST']._serialized_end=1771
-  _globals['_DRAINRESPONSE']._serialized_start=1773
-  _globals['_DRAINRESPONSE']._serialized_end=1809
-  _globals['_STATUSREQUEST']._serialized_start=1811
-  _globals['_STATUSREQUEST']._serialized_end=1826
-  _globals['_STATUSRESPONSE']._serialized_start=1829
-  _globals['_STATUSRESPONSE']._serialized_end=2504
-  _globals['_DISPATCHCOUNTERS']._serialized_start=2507
-  _globals['_DISPATCHCOUNTERS']._serialized_end=2858
-  _globals['_DISPATCHCOUNTERS_ERRORSENTRY']._serialized_start=2813
-  _globals['_DISPATCHCOUNTERS_ERRORSENTRY']._serialized_end=2858
-  _globals['_REPLICATIMES']._serialized_start=2861
-  _globals['_REPLICATIMES']._serialized_end=2995
-  _globals['_STEPTIMES']._serialized_start=2998
-  _globals['_STEPTIMES']._serialized_end=3178
-  _globals['_TALLY']._serialized_start=3180
-  _globals['_TALLY']._serialized_end=3298
-  _globals['_ACCOUNTTALLY']._serialized_start=3301
-  _globals['_ACCOUNTTALLY']._serialized_end=3449
-  _globals['_EXCHANGETALLIESREQUEST']._serialized_start=3451
-  _globals['_EXCHANGETALLIESREQUEST']._serialized_end=3510
-  _globals['_EXCHANGETALLIESRESPONSE']._serialized_start=3512
-  _globals['_EXCHANGETALLIESRESPONSE']._serialized_end=3572
-  _globals['_ROUTERSERVICE']._serialized_start=3911
-  _globals['_ROUTERSERVICE']._serialized_end=4306
+  _globals['_GENERATERESPONSE']._serialized_end=1321
+  _globals['_REPLICA']._serialized_start=1324
+  _globals['_REPLICA']._serialized_end=1476
+  _globals['_GROUP']._serialized_start=1478
+  _globals['_GROUP']._serialized_end=1578
+  _globals['_EXPERTTABLE']._serialized_start=1580
+  _globals['_EXPERTTABLE']._serialized_end=1644
+  _globals['_UPDATEEXPERTTABLEREQUEST']._serialized_start=1646
+  _globals['_UPDATEEXPERTTABLEREQUEST']._serialized_end=1711
+  _globals['_UPDATEEXPERTTABLERESPONSE']._serialized_start=1713
+  _globals['_UPDATEEXPERTTABLERESPONSE']._serialized_end=1757
+  _globals['_DRAINREQUEST']._serialized_start=1759
+  _globals['_DRAINREQUEST']._serialized_end=1793
+  _globals['_DRAINRESPONSE']._serialized_start=1795
+  _globals['_DRAINRESPONSE']._serialized_end=1831
+  _globals['_STATUSREQUEST']._serialized_start=1833
+  _globals['_STATUSREQUEST']._serialized_end=1848
+  _globals['_STATUSRESPONSE']._serialized_start=1851
+  _globals['_STATUSRESPONSE']._serialized_end=2526
+  _globals['_DISPATCHCOUNTERS']._serialized_start=2529
+  _globals['_DISPATCHCOUNTERS']._serialized_end=2902
+  _globals['_DISPATCHCOUNTERS_ERRORSENTRY']._serialized_start=2857
+  _globals['_DISPATCHCOUNTERS_ERRORSENTRY']._serialized_end=2902
+  _globals['_REPLICATIMES']._serialized_start=2905
+  _globals['_REPLICATIMES']._serialized_end=3039
+  _globals['_STEPTIMES']._serialized_start=3042
+  _globals['_STEPTIMES']._serialized_end=3222
+  _globals['_TALLY']._serialized_start=3224
+  _globals['_TALLY']._serialized_end=3342
+  _globals['_ACCOUNTTALLY']._serialized_start=3345
+  _globals['_ACCOUNTTALLY']._serialized_end=3493
+  _globals['_EXCHANGETALLIESREQUEST']._serialized_start=3495
+  _globals['_EXCHANGETALLIESREQUEST']._serialized_end=3554
+  _globals['_EXCHANGETALLIESRESPONSE']._serialized_start=3556
+  _globals['_EXCHANGETALLIESRESPONSE']._serialized_end=3616
+  _globals['_ROUTERSERVICE']._serialized_start=3955
+  _globals['_ROUTERSERVICE']._serialized_end=4350
 # @@protoc_insertion_point(module_scope)

@@ -129,7 +129,7 @@ class TokenOutput(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("tokens", "prompt_tokens", "finish_reason", "stop_token_id", "cached_tokens", "router_us", "expert_us")
+    __slots__ = ("tokens", "prompt_tokens", "finish_reason", "stop_token_id", "cached_tokens", "router_us", "expert_us", "num_left_out")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class GenerateResponse(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROUTER_US_FIELD_NUMBER: _ClassVar[int]
     EXPERT_US_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     prompt_tokens: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     finish_reason: FinishReason
@@ -144,7 +145,8 @@ class GenerateResponse(_message.Message):
     cached_tokens: int
     router_us: int
     expert_us: int
-    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., prompt_tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., router_us: _Optional[int] = ..., expert_us: _Optional[int] = ...) -> None: ...
+    num_left_out: int
+    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., prompt_tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., router_us: _Optional[int] = ..., expert_us: _Optional[int] = ..., num_left_out: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("replica_id", "endpoint", "incarnation", "weight_digest", "numerics_id", "state")
@@ -267,7 +269,7 @@ class StatusResponse(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., step_times: _Optional[_Union[StepTimes, _Mapping]] = ..., num_turns: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_drafted: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ..., unserved_ms: _Optional[int] = ..., dispatch: _Optional[_Union[DispatchCounters, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaTimes, _Mapping]]] = ...) -> None: ...
 
 class DispatchCounters(_message.Message):
-    __slots__ = ("num_frames", "num_retries", "num_replans", "num_hedges", "num_hedges_won", "num_probes", "num_rerouted", "num_missed_heartbeats", "num_dead_replicas", "num_crossings", "errors")
+    __slots__ = ("num_frames", "num_retries", "num_replans", "num_hedges", "num_hedges_won", "num_probes", "num_rerouted", "num_missed_heartbeats", "num_dead_replicas", "num_crossings", "errors", "num_left_out")
     class ErrorsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +288,7 @@ class DispatchCounters(_message.Message):
     NUM_DEAD_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     NUM_CROSSINGS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     num_frames: int
     num_retries: int
     num_replans: int
@@ -297,7 +300,8 @@ class DispatchCounters(_message.Message):
     num_dead_replicas: int
     num_crossings: int
     errors: _containers.ScalarMap[str, int]
-    def __init__(self, num_frames: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_replans: _Optional[int] = ..., num_hedges: _Optional[int] = ..., num_hedges_won: _Optional[int] = ..., num_probes: _Optional[int] = ..., num_rerouted: _Optional[int] = ..., num_missed_heartbeats: _Optional[int] = ..., num_dead_replicas: _Optional[int] = ..., num_crossings: _Optional[int] = ..., errors: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    num_left_out: int
+    def __init__(self, num_frames: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_replans: _Optional[int] = ..., num_hedges: _Optional[int] = ..., num_hedges_won: _Optional[int] = ..., num_probes: _Optional[int] = ..., num_rerouted: _Optional[int] = ..., num_missed_heartbeats: _Optional[int] = ..., num_dead_replicas: _Optional[int] = ..., num_crossings: _Optional[int] = ..., errors: _Optional[_Mapping[str, int]] = ..., num_left_out: _Optional[int] = ...) -> None: ...
 
 class ReplicaTimes(_message.Message):
     __slots__ = ("replica_id", "connected", "num_frames", "num_outstanding", "slowness", "frame_ms")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from experts.batcher import Entry
@@ -165,6 +166,8 @@ class LocalDispatcher:
         self.error: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
+        # Experts that each row is said to have done without in each layer.
+        self.num_left_out = 0
 
     async def scatter(
         self, layer_id: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -189,12 +192,13 @@ class LocalDispatcher:
                         exact=False, deadline_ms=1000, reply_dtype=torch.float32,
                     )  # fmt: skip
                     total[row] += group.compute(frame)[0]
-        return _Gathered(total)
+        return _Gathered(total, self.num_left_out)
 
 
 class _Gathered:
-    def __init__(self, total: torch.Tensor) -> None:
+    def __init__(self, total: torch.Tensor, num_left_out: int) -> None:
         self._total = total
+        self.num_left_out = np.full(len(total), num_left_out, dtype=np.int32) if num_left_out else None
 
     async def gather(self) -> torch.Tensor:
         return self._total

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experts.checkpoint import Checkpoint
 from router.engine import Engine
 from router.errors import BadRequest, ExpertsUnavailable, NotReady
 from router.sampler import SamplingParams
@@ -297,3 +298,19 @@ async def test_a_stop_id_among_accepted_drafts_ends_the_sequence_there(tiny_chec
         assert engine.progress().num_blocks_held == 0
     assert (ended.finish_reason, ended.stop_token_id) == (FinishReason.STOP, stop)
     assert token_ids(ended) == free[: free.index(stop) + 1]
+
+
+async def test_a_sequence_that_did_without_experts_says_so_and_others_do_not(tiny_checkpoint: Path) -> None:
+    async with running(tiny_checkpoint) as (engine, dispatcher):
+        before = engine.submit(request(PROMPTS[1], 2))
+        await collect(before)
+        dispatcher.num_left_out = 1
+        during = engine.submit(request(PROMPTS[0], 2))
+        await collect(during)
+        dispatcher.num_left_out = 0
+        after = engine.submit(request(PROMPTS[1], 2))
+        await collect(after)
+    num_layers = len([layer for layer in Checkpoint(tiny_checkpoint).config.moe_layer_ids if layer < 3])
+    # The rows of the prompt, and of the first token.
+    assert during.num_left_out == num_layers * (len(PROMPTS[0]) + 1)
+    assert (before.num_left_out, after.num_left_out) == (0, 0)

@@ -96,6 +96,7 @@ class Successor:
 
     def __init__(self) -> None:
         self.frames: dict[int, SentFrame] | None = None
+        self.num_left_out = None
 
     def __call__(self, asked: Asked, frames: dict[int, SentFrame]) -> Successor:
         self.frames = frames

@@ -343,3 +343,17 @@ def test_random_schedules_end_and_leave_the_pool_whole(seed: int) -> None:
     assert scheduler.pool.num_free == num_blocks
     for account in queue.list_service():
         assert not account.is_backlogged
+
+
+def test_what_a_sequence_computed_without_some_experts_is_found_by_nobody() -> None:
+    scheduler = Scheduler(SchedulerLimits(max_num_seqs=3, max_batched_tokens=200, num_blocks=12, max_waiting=4))
+    whole, degraded = sequence(BLOCK_SIZE + 2), sequence(BLOCK_SIZE + 2, first_token=500)
+    degraded.num_left_out = 1
+    for each in (whole, degraded):
+        scheduler.add(each)
+    run_to_end(scheduler)
+    again = [sequence(BLOCK_SIZE + 2), sequence(BLOCK_SIZE + 2, first_token=500)]
+    for each in again:
+        scheduler.add(each)
+    run_to_end(scheduler)
+    assert [each.num_cached_tokens for each in again] == [BLOCK_SIZE, 0]

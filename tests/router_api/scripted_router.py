@@ -90,7 +90,12 @@ def prompt_response(request: router_pb2.GenerateRequest) -> router_pb2.GenerateR
 
 
 def answer(
-    token_ids: Sequence[int], *, per_response: int = 1, stop_id: int | None = None, cached_tokens: int = 0
+    token_ids: Sequence[int],
+    *,
+    per_response: int = 1,
+    stop_id: int | None = None,
+    cached_tokens: int = 0,
+    num_left_out: int = 0,
 ) -> Script:
     """Generate token_ids, no more than asked for; ends with stop_id (an EOS, say) if given, else by length."""
 
@@ -105,6 +110,7 @@ def answer(
         for start in range(0, len(ids), per_response):
             yield router_pb2.GenerateResponse(
                 cached_tokens=cached_tokens,
+                num_left_out=num_left_out,
                 tokens=[token(token_id, request) for token_id in ids[start : start + per_response]],
                 finish_reason=_finish_reason(is_stopped) if start + per_response >= len(ids) else None,
                 stop_token_id=stop_id if is_stopped and start + per_response >= len(ids) else None,

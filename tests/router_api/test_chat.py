@@ -163,3 +163,19 @@ def test_what_means_the_default_is_accepted(http: httpx.Client, router: Scripted
             "response_format": {"type": "text"}, "chat_template_kwargs": {"thinking": True}, "stream": None,
             "presence_penalty": 0, "user": "me", "store": False}  # fmt: skip
     assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_an_answer_without_some_experts_is_marked(
+    http: httpx.Client, router: ScriptedRouter, tokenizer: TextTokenizer, route: str
+) -> None:
+    body = {"model": MODEL} | ({"prompt": "hello"} if route == "completions" else {"messages": MESSAGES})
+    for num_left_out in (0, 7):
+        router.script = answer(ids_of(tokenizer, "hello world"), stop_id=1, num_left_out=num_left_out)
+        expected = {"left_out_experts": 7} if num_left_out else {}
+        (choice,) = http.post(f"/v1/{route}", json=body).json()["choices"]
+        assert {name: choice[name] for name in choice if "left_out" in name} == expected
+        lines = http.post(f"/v1/{route}", json=body | {"stream": True}).text.split("\n\n")
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
+        marks = [choice.get("left_out_experts") for chunk in chunks for choice in chunk["choices"]]
+        assert marks[-1] == expected.get("left_out_experts") and not any(marks[:-1])

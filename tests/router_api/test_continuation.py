@@ -81,3 +81,14 @@ def test_prompt_tokens_come_once() -> None:
     assert [token.token_id for token in following.prompt_tokens] == [7]
     continuation.note_(response(50))
     assert not continuation.begin_attempt().HasField("prompt_logprobs")
+
+
+def test_experts_left_out_add_up_over_routers() -> None:
+    continuation = begin()
+    continuation.begin_attempt()
+    for left_out in (2, 5):
+        continuation.note_(response(50, num_left_out=left_out))
+    continuation.begin_attempt()
+    later = response(51, num_left_out=3)
+    continuation.note_(later)
+    assert later.num_left_out == 8
