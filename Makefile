@@ -29,8 +29,13 @@ test: setup
 	wait $$beside; beside=$$?; cat $(BESIDE_LOG); \
 	test $$others -eq 0 && test $$beside -eq 0
 
-# Faults for as long as they may last, which is longer than a test should take.
+
+# Every fault of replicas, routers, control plane, nodes and Kubernetes, for as long as it may last and under as much
+# load as was asked for, which takes longer than a test should.
 chaos: setup
+	$(BIN)/python tests/benchmarks/failover.py --full
+	$(BIN)/python tests/benchmarks/chaos.py --full
+	$(BIN)/python -m pytest -q tests/scenarios tests/router/test_transport_stress.py tests/integration
 	KUBE_CHAOS=1 KUBE_OUTAGE_S=20 $(BIN)/python -m pytest -q tests/kubernetes/test_outage.py \
 	  tests/kubernetes/test_leadership.py tests/kubernetes/test_end_to_end.py
 

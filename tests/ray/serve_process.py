@@ -72,10 +72,10 @@ class ServeProcess:
         response.raise_for_status()
         return response.json()
 
-    def run_command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run_command(self, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Another `shoal` command, as a user of the same machine would give it."""
         command = [sys.executable, "-m", "cluster.cli", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
 
     def close(self) -> None:
         """End it, by force if need be."""

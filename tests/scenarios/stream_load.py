@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from tests.ray.serve_process import stream_chat, wait_for
 
@@ -15,10 +16,17 @@ class StreamLoad:
     def __init__(self, url: str, num_streams: int, max_tokens: int) -> None:
         self.texts: list[str] = []
         self.failures: list[str] = []
+        # Between two pieces of one stream, since take_longest_gap().
+        self.longest_gap_s = 0.0
         self._url = url
         self._max_tokens = max_tokens
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_streams)]
+
+    def take_longest_gap(self) -> float:
+        """In seconds, since the last call."""
+        longest_s, self.longest_gap_s = self.longest_gap_s, 0.0
+        return longest_s
 
     def __enter__(self) -> StreamLoad:
         for thread in self._threads:
@@ -36,6 +44,16 @@ class StreamLoad:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self.texts.append("".join(stream_chat(self._url, self._max_tokens)))
+                self.texts.append(self._stream())
             except Exception as error:
                 self.failures.append(repr(error))
+
+    def _stream(self) -> str:
+        text = ""
+        last_s: float | None = None
+        for piece in stream_chat(self._url, self._max_tokens):
+            now_s = time.monotonic()
+            if last_s is not None:
+                self.longest_gap_s = max(self.longest_gap_s, now_s - last_s)
+            text, last_s = text + piece, now_s
+        return text
