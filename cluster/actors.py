@@ -7,6 +7,7 @@ store. Heavy imports wait for __init__, so that naming a class here costs nothin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -61,6 +62,7 @@ class ExpertReplica:
             from experts.checkpoint import Checkpoint
             from experts.device import resolve_device
             from experts.group import ExpertGroup
+            from experts.peer_copy import PeerCopies
             from experts.server import ExpertServer, ReplicaIdentity
             from experts.tls import load_cluster_tls
             from experts.weights import load_expert_weights
@@ -68,19 +70,29 @@ class ExpertReplica:
             keep_large_buffers()
             torch.set_num_threads(spec.expert_threads)
             device = resolve_device(_get_device_setting(spec))
-            with Checkpoint(Path(spec.checkpoint)) as checkpoint:
+            tls = load_cluster_tls(spec.tls_dir)
+            with contextlib.ExitStack() as stack:
+                checkpoint = stack.enter_context(Checkpoint(Path(spec.checkpoint)))
+                peer = _find_peer(spec, store, group.name)
                 weights = load_expert_weights(
                     checkpoint,
                     publisher.record.hosted,
                     getattr(torch, spec.dtype),
                     device=device,
                     on_fraction=publisher.show_progress,
+                    copies=None if peer is None else stack.enter_context(contextlib.closing(PeerCopies(peer, tls))),
                 )
             loaded = ExpertGroup(weights)
             identity = ReplicaIdentity(group.name, replica_id, publisher.record.incarnation)
             # `shoal serve` has seen to it that an unencrypted network is allowed.
-            tls = load_cluster_tls(spec.tls_dir)
-            self._server = ExpertServer(loaded, identity, host=_get_listen_host(spec), tls=tls, allow_insecure=True)
+            self._server = ExpertServer(
+                loaded,
+                identity,
+                host=_get_listen_host(spec),
+                tls=tls,
+                allow_insecure=True,
+                checkpoint=spec.checkpoint,
+            )
             endpoint = self._server.start()
         except Exception as error:
             publisher.publish_failure(error)
@@ -192,6 +204,13 @@ def _find_hosted(spec: ClusterSpec, store: RecordStore, group_name: str) -> tupl
         begin(spec) if desired is None else desired_from_json(desired),
         EMPTY_TABLE if table is None else memory_from_json(table).table,
     )
+
+
+def _find_peer(spec: ClusterSpec, store: RecordStore, group_name: str) -> str | None:
+    """The address of a replica that serves what one of the group begins with; None: the disk is to be read."""
+    data = store.get(TABLE_KEY) if spec.load_from == "peer" else None
+    entry = None if data is None else memory_from_json(data).table.group(group_name)
+    return None if entry is None or not entry.replicas else entry.replicas[0].endpoint
 
 
 def _step_back() -> None:

@@ -216,6 +216,7 @@ def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: M
         own_ray=settings.address is None,
         autoscale=tuple((pattern, rule.build_rule()) for pattern, rule in settings.autoscale.items()),
         autoscale_dry_run=settings.autoscale_dry_run,
+        load_from=settings.load_from,
         rebalance_interval_s=settings.rebalance_interval_s,
         rebalance_extra_share=settings.rebalance_extra_share,
         device=settings.device,

@@ -186,6 +186,11 @@ class ServeSettings(BaseModel):
         description='replicas by load, e.g. {"g*": {min: 1, max: 4}}, the first pattern that matches; empty: fixed',
     )
     autoscale_dry_run: bool = Field(False, description="let `shoal plan` say what autoscaling would do, and do nothing")
+    load_from: Literal["disk", "peer"] = Field(
+        "disk",
+        description="where a replica that starts gets its experts; peer: from another one of its group while there is "
+        "one, over the network",
+    )
     rebalance_interval_s: Annotated[float, Field(ge=10, le=86400)] | None = Field(
         None,
         description="seconds between two looks of the balancer for experts to move or copy; None: when it is asked",

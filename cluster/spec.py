@@ -72,6 +72,8 @@ class ClusterSpec:
     # How often the balancer looks by itself (None: never), and which part of memory it may use for further copies.
     rebalance_interval_s: float | None = None
     rebalance_extra_share: float = 0.12
+    # Where a replica gets its experts when another one of its group lives.
+    load_from: Literal["disk", "peer"] = "disk"
     # Where routers and replicas compute, and what each asks Ray for (cluster/gpu_share.py).
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus_per_actor: float = 0.0

@@ -27,10 +27,23 @@ def open_channel(endpoint: str, tls: ClusterTls | None, options: ChannelOptions)
     """endpoint: host:port. tls: None: unencrypted."""
     if tls is None:
         return grpc.aio.insecure_channel(endpoint, options=options)
+    return grpc.aio.secure_channel(endpoint, _make_channel_credentials(tls), options=_name_peer(options))
+
+
+def open_blocking_channel(endpoint: str, tls: ClusterTls | None, options: ChannelOptions) -> grpc.Channel:
+    """open_channel() for threads."""
+    if tls is None:
+        return grpc.insecure_channel(endpoint, options=options)
+    return grpc.secure_channel(endpoint, _make_channel_credentials(tls), options=_name_peer(options))
+
+
+def _make_channel_credentials(tls: ClusterTls) -> grpc.ChannelCredentials:
     files = tls.files
-    credentials = grpc.ssl_channel_credentials(files.ca, files.key, files.certificate)
-    named: list[tuple[str, Any]] = [*options, ("grpc.ssl_target_name_override", PEER_NAME)]
-    return grpc.aio.secure_channel(endpoint, credentials, options=named)
+    return grpc.ssl_channel_credentials(files.ca, files.key, files.certificate)
+
+
+def _name_peer(options: ChannelOptions) -> list[tuple[str, Any]]:
+    return [*options, ("grpc.ssl_target_name_override", PEER_NAME)]
 
 
 def listen(server: grpc.aio.Server, address: str, tls: ClusterTls | None) -> int:

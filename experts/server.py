@@ -28,6 +28,7 @@ from experts.group import ExpertGroup
 from experts.http2_stream import make_client_opening
 from experts.load_meter import load_to_proto, make_load_meter
 from experts.native_serving import make_native_serving
+from experts.peer_copy import give_expert
 from experts.router_streams import (
     INVALID_ARGUMENT,
     RESOURCE_EXHAUSTED,
@@ -101,15 +102,19 @@ class ExpertServer:
         native: bool = True,
         tls: ClusterTls | None = None,
         allow_insecure: bool = False,
+        checkpoint: str | None = None,
     ) -> None:
         """port 0 takes a free one. max_streams: most streams open at once; a further call is refused. native: serve
         usual frames without the interpreter, if the group can be computed so. tls: None: unencrypted,
-        which allow_insecure permits on an address that other machines reach. Raises ConfigError if it does not."""
+        which allow_insecure permits on an address that other machines reach. checkpoint: folder of which replicas
+        that start may copy what the group hosts; None: they may not. Raises ConfigError if such an address is
+        not permitted."""
         check_listen_address(host, tls, allow_insecure=allow_insecure)
         self._group = group
         self._identity = identity
         self._host = host
         self._port = port
+        self._checkpoint = checkpoint
         self._batcher = Batcher(group)
         self._meter = make_load_meter(group.config, time.monotonic())
         self._state = threading.Condition()
@@ -209,6 +214,11 @@ class ExpertServer:
                     request_deserializer=experts_pb2.LoadRequest.FromString,
                     response_serializer=experts_pb2.LoadResponse.SerializeToString,
                 ),
+                "FetchExpert": grpc.unary_stream_rpc_method_handler(
+                    self._fetch_expert,
+                    request_deserializer=experts_pb2.FetchExpertRequest.FromString,
+                    response_serializer=experts_pb2.FetchExpertResponse.SerializeToString,
+                ),
                 "Compute": grpc.stream_stream_rpc_method_handler(self._compute_stream),
             },
         )
@@ -228,6 +238,15 @@ class ExpertServer:
 
     def _load(self, request: experts_pb2.LoadRequest, context: grpc.ServicerContext) -> Any:
         return load_to_proto(self._meter, self._identity.incarnation, time.monotonic(), request.with_pairs)
+
+    def _fetch_expert(self, request: experts_pb2.FetchExpertRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            if self._checkpoint is None:
+                raise NotHosted("this replica gives no experts away")
+            yield from give_expert(self._group.weights, self._checkpoint, (request.layer_id, request.expert_id))
+        except ExpertsError as error:
+            code = grpc.StatusCode.NOT_FOUND if isinstance(error, NotHosted) else grpc.StatusCode.DATA_LOSS
+            context.abort(code, str(error))
 
     def _enter_stream(self) -> None:
         """Count a stream in. Raises StreamBroken if there are too many."""

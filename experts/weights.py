@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -56,6 +56,14 @@ class ExpertWeights:
     resident_bytes: int
 
 
+class ExpertCopies(Protocol):
+    """Where experts' bytes may come from instead of the disk: experts/peer_copy.py."""
+
+    def read_into(self, pair: Pair, tensors: Sequence[TensorInfo], places: Sequence[np.ndarray]) -> bool:
+        """Fill the places, uint8 and as long as the tensors; False: the disk has to do. Called by several threads."""
+        ...
+
+
 class _Planned(NamedTuple):
     """An expert to be read. tensors: sorted by name."""
 
@@ -75,13 +83,15 @@ def load_expert_weights(
     device: torch.device = CPU,
     kernel: ExpertKernel | None = None,
     on_fraction: Callable[[float], None] | None = None,
+    copies: ExpertCopies | None = None,
 ) -> ExpertWeights:
     """Load every hosted expert, reading each byte once, expert by expert, and packing it where it will be used.
 
     All headers are checked before the first weight is read. dtype: to compute in. device: where; host memory then
     holds a few experts at most. kernel: None chooses the device's best; one that is given knows its own device.
     The digest is the SHA-256 (hex) of the experts' digests in (layer, expert) order, so two replicas have the same
-    digest exactly if they hold the same experts of the same checkpoint. on_fraction: see LoadProgress.
+    digest exactly if they hold the same experts of the same checkpoint. on_fraction: see LoadProgress. copies: asked
+    for each expert's bytes before the disk is; headers are the checkpoint's own in any case.
     Raises ConfigError for a range outside the model, CheckpointError for what is wrong with the files and
     NotEnoughMemory, all of them before the first weight is read where they can be.
     """
@@ -98,7 +108,9 @@ def load_expert_weights(
     room = kernel.reserve(len(plan), *shape)
     packed: dict[int, dict[int, Any]] = {}
     digests: dict[Pair, bytes] = {}
-    for (layer_id, expert_id), digest, (gate, up, down) in _read_experts(checkpoint, plan, kernel.device, on_fraction):
+    for (layer_id, expert_id), digest, (gate, up, down) in _read_experts(
+        checkpoint, plan, kernel.device, on_fraction, copies
+    ):
         packed.setdefault(layer_id, {})[expert_id] = kernel.pack_expert(gate, up, down, room)
         digests[layer_id, expert_id] = digest
     layers = {layer_id: kernel.build_layer(experts) for layer_id, experts in packed.items()}
@@ -168,6 +180,7 @@ def _read_experts(
     plan: Sequence[_Planned],
     device: torch.device,
     on_fraction: Callable[[float], None] | None,
+    copies: ExpertCopies | None = None,
 ) -> Iterator[tuple[Pair, bytes, tuple[ScaledWeight, ScaledWeight, ScaledWeight]]]:
     """Pair, digest and (gate, up, down) of each expert, in the plan's order, valid until the next is asked for."""
     config = checkpoint.config
@@ -185,7 +198,7 @@ def _read_experts(
             while True:
                 for item in itertools.islice(remaining, NUM_BUFFERS - 1 - len(ahead)):
                     buffer = staging.take()
-                    ahead.append((item, buffer, readers.submit(_read_expert, checkpoint, item, buffer)))
+                    ahead.append((item, buffer, readers.submit(_read_expert, checkpoint, copies, item, buffer)))
                 if not ahead:
                     break
                 item, buffer, reading = ahead.popleft()
@@ -208,13 +221,15 @@ def _read_experts(
     progress.finish()
 
 
-def _read_expert(checkpoint: Checkpoint, item: _Planned, buffer: np.ndarray) -> bytes:
+def _read_expert(checkpoint: Checkpoint, copies: ExpertCopies | None, item: _Planned, buffer: np.ndarray) -> bytes:
     """Fill the buffer. Returns the expert's digest."""
+    places = [buffer[start : start + info.size_bytes] for info, start in zip(item.tensors, item.offsets, strict=False)]
+    if copies is None or not copies.read_into(item.pair, item.tensors, places):
+        for info, place in zip(item.tensors, places, strict=True):
+            checkpoint.read_into(info, place)
     digest = hashlib.sha256()
-    for info, start in zip(item.tensors, item.offsets, strict=False):
-        raw = buffer[start : start + info.size_bytes]
-        checkpoint.read_into(info, raw)
-        digest.update(raw.data)
+    for place in places:
+        digest.update(place.data)
     return digest.digest()
 
 
@@ -227,15 +242,15 @@ def _is_scale(info: TensorInfo) -> bool:
 
 
 def _find_stored_dtype(checkpoint: Checkpoint, pair: Pair) -> torch.dtype:
-    return next(_STORED_DTYPES[info.dtype] for info in _plan_expert(checkpoint, *pair) if not _is_scale(info))
+    return next(_STORED_DTYPES[info.dtype] for info in list_stored_tensors(checkpoint, *pair) if not _is_scale(info))
 
 
 def _plan_experts(checkpoint: Checkpoint, pairs: Iterator[Pair]) -> list[_Planned]:
-    return [_Planned(pair, _plan_expert(checkpoint, *pair)) for pair in pairs]
+    return [_Planned(pair, list_stored_tensors(checkpoint, *pair)) for pair in pairs]
 
 
-def _plan_expert(checkpoint: Checkpoint, layer_id: int, expert_id: int) -> tuple[TensorInfo, ...]:
-    """Find an expert's tensors, scales included, sorted by name; checks their headers."""
+def list_stored_tensors(checkpoint: Checkpoint, layer_id: int, expert_id: int) -> tuple[TensorInfo, ...]:
+    """An expert's tensors, scales included, sorted by name; checks their headers. Raises CheckpointError."""
     found: list[TensorInfo] = []
     for expected in list_expert_tensors(checkpoint.config, layer_id, expert_id):
         info = checkpoint.check_stored_weight(expected.name, expected.shape)

@@ -183,3 +183,25 @@ class LayerPairs(_message.Message):
     layer_id: int
     pairs: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, layer_id: _Optional[int] = ..., pairs: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class FetchExpertRequest(_message.Message):
+    __slots__ = ("layer_id", "expert_id")
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_ID_FIELD_NUMBER: _ClassVar[int]
+    layer_id: int
+    expert_id: int
+    def __init__(self, layer_id: _Optional[int] = ..., expert_id: _Optional[int] = ...) -> None: ...
+
+class FetchExpertResponse(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "data", "expert_digest")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    expert_digest: bytes
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., expert_digest: _Optional[bytes] = ...) -> None: ...

@@ -49,6 +49,11 @@ class ExpertServiceStub:
                 request_serializer=experts_dot_v1_dot_experts__pb2.LoadRequest.SerializeToString,
                 response_deserializer=experts_dot_v1_dot_experts__pb2.LoadResponse.FromString,
                 _registered_method=True)
+        self.FetchExpert = channel.unary_stream(
+                '/experts.v1.ExpertService/FetchExpert',
+                request_serializer=experts_dot_v1_dot_experts__pb2.FetchExpertRequest.SerializeToString,
+                response_deserializer=experts_dot_v1_dot_experts__pb2.FetchExpertResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer:
@@ -76,6 +81,14 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchExpert(self, request, context):
+        """An expert that is hosted here, as the checkpoint has it, for a replica that starts: one message per tensor, in the
+        order of their names. NOT_FOUND: it is not hosted here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +106,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Load,
                     request_deserializer=experts_dot_v1_dot_experts__pb2.LoadRequest.FromString,
                     response_serializer=experts_dot_v1_dot_experts__pb2.LoadResponse.SerializeToString,
+            ),
+            'FetchExpert': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchExpert,
+                    request_deserializer=experts_dot_v1_dot_experts__pb2.FetchExpertRequest.FromString,
+                    response_serializer=experts_dot_v1_dot_experts__pb2.FetchExpertResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +194,33 @@ class ExpertService:
             '/experts.v1.ExpertService/Load',
             experts_dot_v1_dot_experts__pb2.LoadRequest.SerializeToString,
             experts_dot_v1_dot_experts__pb2.LoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchExpert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/experts.v1.ExpertService/FetchExpert',
+            experts_dot_v1_dot_experts__pb2.FetchExpertRequest.SerializeToString,
+            experts_dot_v1_dot_experts__pb2.FetchExpertResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,8 +1,8 @@
 from cluster.desired_state import DesiredGroup, DesiredState
 from cluster.fleet import GroupDemand, find_residents, measure_demand
-from tests.cluster.fakes import make_replica
+from tests.cluster.fakes import HOSTED, make_replica
 
-DESIRED = DesiredState(3, (DesiredGroup("g0", ("g0-0", "g0-2")), DesiredGroup("g1", ("g1-0",))))
+DESIRED = DesiredState(3, (DesiredGroup("g0", ("g0-0", "g0-2"), HOSTED[0]), DesiredGroup("g1", ("g1-0",), HOSTED[1])))
 
 
 def test_only_members_are_found_on_a_pod_that_leaves():

@@ -41,7 +41,7 @@ FIRST = compute_plan(SPEC, begin(SPEC), observe(HOSTED[0], HOSTED[1], table_vers
 
 
 def test_new_experts_are_loaded_beside_the_old_ones_while_the_table_stays():
-    plan = compute_plan(SPEC, DESIRED, observe(*HOSTED), FIRST.memory)
+    plan = compute_plan(SPEC, DESIRED, observe(HOSTED[0], HOSTED[1]), FIRST.memory)
     assert plan.table is FIRST.table
     assert plan.actions == (HostExperts("g0-0", 1, BOTH["g0"]), HostExperts("g1-0", 2, BOTH["g1"]))
     assert not plan.is_settled(DESIRED)
@@ -53,7 +53,7 @@ def test_new_experts_are_loaded_beside_the_old_ones_while_the_table_stays():
 
 
 def test_the_table_follows_once_all_have_them_and_nothing_is_released_before_routers_know():
-    plan = compute_plan(SPEC, DESIRED, observe(*BOTH.values()), FIRST.memory)
+    plan = compute_plan(SPEC, DESIRED, observe(BOTH["g0"], BOTH["g1"]), FIRST.memory)
     assert get_hosted(plan) == list(TARGET.values())
     assert plan.table.version == 2
     assert plan.actions == (PushTable("r0", 1),)
@@ -69,14 +69,14 @@ def test_the_table_follows_once_all_have_them_and_nothing_is_released_before_rou
 
 
 def test_a_replica_that_starts_again_with_the_old_experts_is_given_the_others_before_it_serves():
-    before = compute_plan(SPEC, DESIRED, observe(*BOTH.values()), FIRST.memory)
+    before = compute_plan(SPEC, DESIRED, observe(BOTH["g0"], BOTH["g1"]), FIRST.memory)
     plan = compute_plan(SPEC, DESIRED, observe(HOSTED[0], BOTH["g1"], table_version=2), before.memory)
     assert plan.replicas["g0-0"].state is ActorState.STARTING
     assert HostExperts("g0-0", 1, BOTH["g0"]) in plan.actions
 
 
 def test_a_controller_that_starts_again_goes_on_and_weights_that_differ_are_still_refused():
-    moved = compute_plan(SPEC, DESIRED, observe(*TARGET.values()), FIRST.memory)
+    moved = compute_plan(SPEC, DESIRED, observe(TARGET["g0"], TARGET["g1"]), FIRST.memory)
     observation = observe(TARGET["g0"], TARGET["g1"], table_version=moved.table.version)
     other = replace(observation.replicas["g0-0"], weight_digest="something else", incarnation=9)
     observation = replace(observation, replicas={**observation.replicas, "g0-0": other})
@@ -86,7 +86,7 @@ def test_a_controller_that_starts_again_goes_on_and_weights_that_differ_are_stil
 
 
 def test_a_group_without_a_ready_replica_is_waited_for():
-    observation = observe(*BOTH.values())
+    observation = observe(BOTH["g0"], BOTH["g1"])
     gone = {name: record for name, record in observation.replicas.items() if name != "g1-0"}
     plan = compute_plan(SPEC, DESIRED, replace(observation, replicas=gone), FIRST.memory)
     assert get_hosted(plan) == list(HOSTED)

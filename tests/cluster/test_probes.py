@@ -95,7 +95,8 @@ async def test_health_is_followed_until_the_process_is_gone(server: Server, prob
 async def test_load_is_asked_for_with_the_health_and_forgotten_when_the_process_is_gone(server: Server, probes: Probes):
     probes.set_targets({REPLICA: server.endpoint, ("gone", 1): "127.0.0.1:1"}, {})
     await wait_for(lambda: REPLICA in probes.replica_loads)
-    assert probes.replica_loads == {REPLICA: ReplicaLoad(busy_share=0.5, queue_ms=2.0, pairs_per_busy_s=12.0)}
+    load = ReplicaLoad(busy_share=0.5, queue_ms=2.0, pairs_per_busy_s=12.0, pairs_per_s=6.0)
+    assert probes.replica_loads == {REPLICA: load}
     answers = await probes.fetch_pairs()
     assert [list(answer.layers[0].pairs) for answer in answers] == [[2, 0, 4]]
     await server.grpc.stop(None)

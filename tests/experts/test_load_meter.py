@@ -87,10 +87,8 @@ def test_counts_fade_with_the_count_window():
 
 
 def test_the_message_leaves_out_layers_without_pairs():
-    sizes = {"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
-    meter = make_load_meter(
-        ModelConfig.from_dict(build_config(n_routed_experts=4, n_group=1, topk_group=1, **sizes)), 0.0
-    )
+    config = build_config(n_routed_experts=4, n_group=1, topk_group=1, num_hidden_layers=3, first_k_dense_replace=1)
+    meter = make_load_meter(ModelConfig.from_dict(config), 0.0)
     note(meter, 0.0, 1.0, 2.0)
     message = load_to_proto(meter, 7, 4.0, with_pairs=True)
     assert (message.incarnation, message.num_pairs) == (7, 3)
