@@ -151,9 +151,9 @@ class Balancer:
 
     async def _get_on(self, current: Rebalancing, hosting: Hosting, is_settled: bool, refusal: str | None) -> None:
         if refusal is not None and not hosting.is_published:
-            current.phase, current.failure = "failed", refusal
-            self._events.add("balancer", "fail", f"experts stay where they are: {refusal}")
-            await self._rehost(hosting.published, f"a rebalancing failed: {refusal}")
+            current.failure = current.failure or refusal
+        if current.failure is not None:
+            await self._give_up(current, hosting)
             return
         if not is_settled:
             return
@@ -166,8 +166,18 @@ class Balancer:
         try:
             await self._rehost(placements, f"{current.reason}, round {current.num_rounds}")
         except ClusterError as error:
-            current.phase, current.failure = "failed", str(error)
-            self._events.add("balancer", "fail", str(error))
+            current.failure = str(error)
+            await self._give_up(current, hosting)
+
+    async def _give_up(self, current: Rebalancing, hosting: Hosting) -> None:
+        """Leave experts where the table has them; tried again at the next turn if that cannot be written now."""
+        try:
+            await self._rehost(hosting.published, f"a rebalancing failed: {current.failure}")
+        except ClusterError as error:
+            logger.warning("a rebalancing that failed is still desired: %s", error)
+            return
+        current.phase = "failed"
+        self._events.add("balancer", "fail", f"experts stay where they are: {current.failure}")
 
     def _finish(self, current: Rebalancing) -> None:
         current.after = self._measure()

@@ -247,7 +247,8 @@ class ControllerLoop:
             for (router_id, _), status in self._prober.router_details().items()
         }
         loads = self._prober.replica_loads
-        return build_status(self._spec, self._desired, self._observation, self._get_plan(), details, loads)
+        status = build_status(self._spec, self._desired, self._observation, self._get_plan(), details, loads)
+        return {**status, "balancer_alarm": self._balancer.get_view()["alarm"]}
 
     def get_plan_view(self) -> dict[str, Any]:
         return build_plan_view(self._desired, self._observation, self._get_plan(), self._decisions)

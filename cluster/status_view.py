@@ -184,6 +184,8 @@ def render_status(status: Mapping[str, Any]) -> str:
     lines = [f"{status['model']}: {state}, expert table version {status['table_version']}"]
     if not status["control_plane"]:
         lines.append("Ray's control service does not answer: nothing is restarted until it does")
+    if status.get("balancer_alarm"):
+        lines.append(status["balancer_alarm"])
     rows: list[Sequence[str]] = [("", "STATE", "PID", "NODE", "ENDPOINT", "")]
     for router in status["routers"]:
         running = f"{router['num_running']} running, {router['num_waiting']} waiting" if "num_running" in router else ""

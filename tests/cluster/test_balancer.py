@@ -37,6 +37,7 @@ class Setting:
         self.proposal = make_proposal(max_copies=max_copies)
         self.propose: Callable[[], Proposal] = lambda: self.proposal
         self.num_rounds = 0
+        self.is_store_down = False
         self.balancer = Balancer(
             self.events,
             self.clock,
@@ -59,6 +60,8 @@ class Setting:
         return self.propose()
 
     async def _rehost(self, placements: Mapping[str, Ranges], reason: str) -> None:
+        if self.is_store_down:
+            raise StoreUnavailable("down")
         self.num_rounds += 1
         self.held = self.desired = placements
 
@@ -105,6 +108,20 @@ async def test_a_replica_that_cannot_leaves_everything_where_it_was():
     assert dict(setting.desired) == HELD
     current = setting.balancer.get_view()["current"]
     assert (current["phase"], current["failure"]) == ("failed", "replica g0-0: no memory")
+
+
+async def test_a_failure_that_cannot_be_undone_now_is_undone_later():
+    setting = Setting()
+    await setting.balancer.begin(0.12, "asked")
+    await setting.turn()
+    setting.held = HELD
+    setting.is_store_down = True
+    await setting.turn(is_settled=False, refusal="replica g0-0: no memory")
+    assert dict(setting.desired) == WANTED
+    setting.is_store_down = False
+    await setting.turn(is_settled=False)
+    assert dict(setting.desired) == HELD
+    assert setting.balancer.get_view()["current"]["phase"] == "failed"
 
 
 async def test_nothing_to_gain_is_said():

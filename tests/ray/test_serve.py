@@ -108,6 +108,26 @@ def test_stream_goes_on_when_the_only_router_is_killed(serve: ServeProcess, undi
     assert "".join(stream_chat(serve.url, 200)) == undisturbed
 
 
+def test_streams_and_new_requests_do_not_notice_that_ray_s_control_service_stands_still(
+    serve: ServeProcess, undisturbed: str
+):
+    """tests/benchmarks/chaos.py stops it for 30 s, and kills it."""
+    processes = psutil.Process(serve.process.pid).children(recursive=True)
+    control = next(process for process in processes if process.name() == "gcs_server")
+    parts: list[str] = []
+    try:
+        for part in stream_chat(serve.url, 200):
+            parts.append(part)
+            if len(parts) == 10:
+                control.suspend()
+        assert control.status() == psutil.STATUS_STOPPED
+        assert "".join(parts) == undisturbed
+        assert "".join(stream_chat(serve.url, 200)) == undisturbed
+    finally:
+        control.resume()
+    wait_for(lambda: _is_ready(serve) and serve.fetch_status()["control_plane"], 60)
+
+
 def test_sigint_lets_a_running_stream_finish_and_leaves_no_process(serve: ServeProcess, undisturbed: str):
     serve.remember_processes()
     parts: list[str] = []
