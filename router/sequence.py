@@ -77,8 +77,8 @@ class Sequence:
     num_prompt_tokens_sent: prompt tokens handed out with their logprobs; a sequence that is computed anew sends none
     twice. draft_token_ids: guesses of the tokens behind the known ones, to be verified in the next step.
     num_left_out: experts that its rows had to do without, those of drafts included; what it computes from then on is
-    not for others. counts: of its tokens, where it has penalties. grammar: what its answer must match. outputs ends with
-    one that has a finish_reason, or with an error.
+    not for others. counts: of its tokens, where it has penalties. grammar: what its answer must match. outputs ends
+    with one that has a finish_reason, or with an error.
     """
 
     request: GenerationRequest
