@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 BESIDE_TESTS := tests/ray tests/scenarios tests/reference tests/cluster
 BESIDE_LOG := $(VENV)/tests-beside.log
 
-.PHONY: setup serve test chaos check format proto bench fuzz compat image clean
+.PHONY: setup serve test chaos check format proto dashboards bench fuzz compat image clean
 
 # Everything the project needs, in .venv; repeated only when what decides it changes.
 setup: $(VENV)/.installed
@@ -50,6 +50,10 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The Grafana dashboard and the alert rules of the Helm chart.
+dashboards: setup
+	$(BIN)/python -m deploy.dashboards.generate
 
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \

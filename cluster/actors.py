@@ -180,6 +180,7 @@ class Router:
                     device=_get_device_setting(spec),
                     tls_dir=spec.tls_dir,
                     allow_insecure=True,
+                    trace_to=spec.router.trace_to,
                 )
             )
             # It listens before its weights are loaded: the expert table can come, and Status says how far it is.

@@ -9,6 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -16,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.cluster_metrics import build_cluster_metrics
 from cluster.errors import ChangeRefused, StoreUnavailable
 
 MAX_BODY_BYTES = 1 << 20
@@ -32,6 +36,10 @@ class Administered(Protocol):
     def get_plan_view(self) -> dict[str, Any]: ...
 
     def get_events(self, after: int) -> list[dict[str, Any]]: ...
+
+    def get_event_counts(self) -> Mapping[tuple[str, str], int]: ...
+
+    async def fetch_expert_load(self) -> dict[str, Any]: ...
 
     async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]: ...
 
@@ -53,8 +61,11 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
-    """token_hash: of the only token accepted, by hash_token."""
+def create_admin_app(controller: Administered, token_hash: str, viewer_hash: str | None = None) -> ASGIApp:
+    """Hashes by hash_token. token_hash: of the token that may do everything; viewer_hash: of one that may look (GET);
+    None: there is none."""
+    process = CollectorRegistry()
+    ProcessCollector(registry=process)
 
     async def status(_: Request) -> Response:
         return JSONResponse(controller.get_status())
@@ -68,6 +79,16 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
 
     async def events(request: Request) -> Response:
         return JSONResponse({"events": controller.get_events(_read_after(request))})
+
+    async def expert_load(_: Request) -> Response:
+        return JSONResponse(await controller.fetch_expert_load())
+
+    async def metrics(_: Request) -> Response:
+        families = build_cluster_metrics(
+            controller.get_status(), await controller.fetch_expert_load(), controller.get_event_counts()
+        )
+        text = generate_latest(_Families([*families, *process.collect()]))  # pyright: ignore[reportArgumentType]
+        return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def plan_rebalancing(request: Request) -> Response:
         extra_share = _read_number(await _read_object(request), "extra_share", 0.12, MAX_EXTRA_SHARE)
@@ -98,6 +119,8 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
             Route("/status", status, methods=["GET"]),
             Route("/plan", plan, methods=["GET"]),
             Route("/events", events, methods=["GET"]),
+            Route("/load", expert_load, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
             Route("/rebalance/plan", plan_rebalancing, methods=["POST"]),
             Route("/rebalance", rebalance, methods=["POST"]),
             Route("/rebalance", balancer, methods=["GET"]),
@@ -113,15 +136,26 @@ def create_admin_app(controller: Administered, token_hash: str) -> ASGIApp:
             Exception: _answer_bug,
         },
     )
-    return _TokenGuard(app, token_hash)
+    return _TokenGuard(app, token_hash, viewer_hash)
+
+
+class _Families:
+    """As prometheus-client wants what it writes."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Sequence[Metric]:
+        return self._families
 
 
 class _TokenGuard:
-    """Nothing is reachable without the token, unknown paths included."""
+    """Nothing is reachable without a token, unknown paths included."""
 
-    def __init__(self, app: ASGIApp, token_hash: str) -> None:
+    def __init__(self, app: ASGIApp, token_hash: str, viewer_hash: str | None) -> None:
         self._app = app
         self._token_hash = token_hash
+        self._viewer_hash = viewer_hash
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_allowed(scope):
@@ -136,7 +170,14 @@ class _TokenGuard:
         if scheme.lower() != b"bearer":
             return False
         # Hashes have one length, so the comparison tells nothing about the token.
-        return hmac.compare_digest(hashlib.sha256(token.strip()).hexdigest(), self._token_hash)
+        given_hash = hashlib.sha256(token.strip()).hexdigest()
+        if hmac.compare_digest(given_hash, self._token_hash):
+            return True
+        return (
+            self._viewer_hash is not None
+            and hmac.compare_digest(given_hash, self._viewer_hash)
+            and scope["method"] == "GET"
+        )
 
 
 async def _read_object(request: Request) -> dict[str, Any]:

@@ -28,11 +28,14 @@ def build_application(settings: ApiSettings) -> Application:
     from ray.serve.schema import LoggingConfig
 
     def build() -> FastAPI:
+        from cluster.admin_source import AdminSource
         from cluster.record_store import RayRecordStore
         from cluster.router_endpoints import RecordedEndpoints
         from router.api.app import create_app
 
-        return create_app(settings, RecordedEndpoints(RayRecordStore()))
+        store = RayRecordStore()
+        cluster = None if settings.viewer_token is None else AdminSource(store, settings.viewer_token)
+        return create_app(settings, RecordedEndpoints(store), cluster)
 
     deployment = serve.deployment(
         serve.ingress(build)(),

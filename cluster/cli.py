@@ -52,6 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what runs where, and in which state")
     _add_url(status)
     _add_json(status)
+    top = commands.add_parser("top", help="the status page in a terminal: state, load, latencies, queues, events")
+    top.add_argument("--once", action="store_true", help="look once and end")
+    _add_url(top)
+    _add_json(top)
     _add_scaling(commands)
     check = commands.add_parser("check", help="validate every byte of a checkpoint folder")
     check.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face folder")
@@ -117,6 +121,8 @@ def _run(options: argparse.Namespace) -> int:
             from cluster.leave_command import run
         case "status":
             from cluster.status_command import run
+        case "top":
+            from cluster.top_command import run
         case "scale":
             from cluster.scale_commands import run_scale as run
         case "drain":

@@ -22,6 +22,7 @@ from cluster.balancer import Balancer, Throughput
 from cluster.desired_state import DesiredGroup, DesiredState
 from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
+from cluster.expert_load import build_expert_load
 from cluster.fleet import Fleet
 from cluster.fleet_follower import FleetFollower
 from cluster.hosting import Ranges, read_hosting
@@ -73,6 +74,8 @@ RAY_CALL_TIMEOUT_S = 10.0
 AUTOSCALE_INTERVAL_S = 1.0
 # Frames take less than a second; a router closes its streams to a replica that left the table once they are answered.
 REPLICA_DRAIN_S = 30.0
+# Of which experts are asked for; every viewer of the status page and every scrape asks.
+EXPERT_LOAD_AGE_S = 2.0
 _GOOD_REASON = "as it should be"
 
 T = TypeVar("T")
@@ -190,6 +193,9 @@ class ControllerLoop:
             interval_s=spec.rebalance_interval_s,
             extra_share=spec.rebalance_extra_share,
         )
+        self._expert_load: dict[str, Any] | None = None
+        self._expert_load_s = 0.0
+        self._expert_load_lock = asyncio.Lock()
         # When the last turn ended, by the clock: proof that the loop moves.
         self.turned_s: float | None = None
 
@@ -256,6 +262,19 @@ class ControllerLoop:
     def get_events(self, after: int) -> list[dict[str, Any]]:
         """Events with a greater sequence number, oldest first."""
         return self._events.get_after(after)
+
+    def get_event_counts(self) -> Mapping[tuple[str, str], int]:
+        """See EventLog.counts."""
+        return self._events.counts
+
+    async def fetch_expert_load(self) -> dict[str, Any]:
+        """See build_expert_load; at most EXPERT_LOAD_AGE_S old."""
+        async with self._expert_load_lock:
+            if self._expert_load is None or self._clock() - self._expert_load_s > EXPERT_LOAD_AGE_S:
+                config = await asyncio.to_thread(ModelConfig.from_folder, Path(self._spec.checkpoint))
+                self._expert_load = build_expert_load(await self._prober.fetch_pairs(), config)
+                self._expert_load_s = self._clock()
+            return self._expert_load
 
     async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]:
         """What rebalancing would gain; see build_proposal. Nothing is changed."""

@@ -27,13 +27,13 @@ WATCH_INTERVAL_S = 1.0
 class Controller:
     """Threaded: the loop and the admin server run in a thread of their own, and another one watches them."""
 
-    def __init__(self, spec_json: bytes, admin_host: str, admin_port: int, token_hash: str) -> None:
+    def __init__(self, spec_json: bytes, admin_host: str, admin_port: int, token_hash: str, viewer_hash: str) -> None:
         logging.basicConfig(
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
         )
         self._spec = spec_from_json(spec_json)
         self._address = (admin_host, admin_port)
-        self._token_hash = token_hash
+        self._token_hash, self._viewer_hash = token_hash, viewer_hash
         self._started_s = time.monotonic()
         self._loop: ControllerLoop | None = None
         threading.Thread(target=self._run, name="controller", daemon=True).start()
@@ -73,7 +73,7 @@ class Controller:
             self._spec, store, ActorFactory(self._spec), probes, time.monotonic, time.time
         )
         host, port = self._address
-        app = create_admin_app(loop, self._token_hash)
+        app = create_admin_app(loop, self._token_hash, self._viewer_hash)
         server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
         record = ControllerRecord(pid=os.getpid(), node=os.uname().nodename, admin_url=f"http://{host}:{port}")
         await asyncio.to_thread(store.put, CONTROLLER_KEY, record.to_json())

@@ -43,6 +43,7 @@ from cluster.worker_groups import RayClusterView
 from experts.model_config import ModelConfig
 from experts.tls import load_cluster_tls
 from router.api.settings import ApiSettings
+from router.api.viewer import derive_viewer_token
 from router.tenancy.open_access import check_open_access
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,8 @@ class _Command:
             ray_backend = await asyncio.to_thread(self._join_ray)
             loop, record = await asyncio.to_thread(self._prepare, backend)
             self._loop = loop
-            self._app.admin = create_admin_app(loop, hash_token(self._token))
+            viewer_hash = hash_token(derive_viewer_token(self._token))
+            self._app.admin = create_admin_app(loop, hash_token(self._token), viewer_hash)
             logger.info("leading pid=%d admin=%s", record.pid, record.admin_url)
             turns = asyncio.create_task(loop.run())
             while True:

@@ -7,8 +7,8 @@ bounded by number and the text by length, so that a crash loop cannot fill the s
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,10 +39,12 @@ class EventLog:
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._next_sequence = 1
         self._taken_sequence = 0
+        self._counts: Counter[tuple[str, str]] = Counter()
         self.is_stored = True
 
     def add(self, object_name: str, action: str, reason: str) -> None:
         reason = " ".join(reason.split())[:MAX_REASON_CHARACTERS]
+        self._counts[object_name.split(" ")[0], action] += 1
         self._events.append(Event(self._next_sequence, self._wall_clock(), object_name, action, reason))
         self._next_sequence += 1
         self.is_stored = False
@@ -56,6 +58,11 @@ class EventLog:
         taken = [event for event in self._events if event.sequence > self._taken_sequence]
         self._taken_sequence = self._next_sequence - 1
         return taken
+
+    @property
+    def counts(self) -> Mapping[tuple[str, str], int]:
+        """Events of this process by the kind of their object, as in `replica`, and action."""
+        return self._counts
 
     def to_json(self) -> bytes:
         return json.dumps({"next": self._next_sequence, "events": [asdict(event) for event in self._events]}).encode()

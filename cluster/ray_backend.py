@@ -122,7 +122,7 @@ class RayBackend:
             logger.info("gpus=%g actors=%d gpus_per_actor=%g", num_gpus, num_actors, share)
         return replace(spec, gpus_per_actor=share)
 
-    def create_actors(self, spec: ClusterSpec, token_hash: str) -> None:
+    def create_actors(self, spec: ClusterSpec, token_hash: str, viewer_hash: str) -> None:
         """Create controller, replicas and routers without waiting for any. Raises StartError if a cluster is there."""
         from cluster.actor_factory import ActorFactory
         from cluster.node_placement import choose_node
@@ -148,7 +148,7 @@ class RayBackend:
                 if node_id is not None:
                     occupied[replica_id] = node_id
             controller = factory.create_controller(
-                self._settings.admin_host, self._settings.resolved_admin_port, token_hash
+                self._settings.admin_host, self._settings.resolved_admin_port, token_hash, viewer_hash
             )
             self._controller_ping = controller.ping.remote()
 

@@ -40,6 +40,7 @@ from experts.errors import ExpertsError
 from experts.model_config import ModelConfig
 from experts.stop_signal import StopSignal
 from router.api.settings import ApiSettings
+from router.api.viewer import derive_viewer_token
 from router.tenancy.errors import LedgerError
 from router.tenancy.key_file import load_key_file
 from router.tenancy.open_access import check_open_access
@@ -103,7 +104,9 @@ def run(options: argparse.Namespace) -> int:
         # Before it is ready: `shoal status` shows how far the start is.
         state = ClusterState(settings.url, settings.admin_url, token, os.getpid(), *backend.session)
         write_state_or_warn(state)
-        _start(settings, spec, api_settings, backend, hash_token(token))
+        viewer_token = derive_viewer_token(token)
+        api_settings = replace(api_settings, viewer_token=viewer_token)
+        _start(settings, spec, api_settings, backend, hash_token(token), hash_token(viewer_token))
         _wait_ready(settings, backend, signals, admin, deadline_s)
         signals.interrupts_start = False
         print(
@@ -211,6 +214,7 @@ def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: M
             max_missing_experts=settings.max_missing_experts,
             num_threads=threads.router_threads,
             kv_cache_tokens=settings.kv_cache_tokens,
+            trace_to=settings.trace_to,
         ),
         listen_on="loopback",
         own_ray=settings.address is None,
@@ -236,18 +240,29 @@ def build_api_settings(settings: ServeSettings, folder: Path, model_name: str) -
         ledger_retention_days=settings.ledger_retention_days,
         router_wait_s=settings.router_wait_s,
         cluster_tls_dir=settings.resolved_cluster_tls_dir,
+        viewer_token=None
+        if settings.admin_token is None
+        else derive_viewer_token(settings.admin_token.get_secret_value()),
+        metrics_compat=settings.metrics_compat,
+        trace_to=settings.trace_to,
+        trace_share=settings.trace_share,
     )
 
 
 def _start(
-    settings: ServeSettings, spec: ClusterSpec, api_settings: ApiSettings, backend: RayBackend, token_hash: str
+    settings: ServeSettings,
+    spec: ClusterSpec,
+    api_settings: ApiSettings,
+    backend: RayBackend,
+    token_hash: str,
+    viewer_hash: str,
 ) -> None:
     """Start everything at once; nothing is waited for."""
     if not backend.check_network():
         spec = replace(spec, listen_on="node")
     spec = backend.share_gpus(spec)
     backend.start_serve(api_settings)
-    backend.create_actors(spec, token_hash)
+    backend.create_actors(spec, token_hash, viewer_hash)
 
 
 def _wait_ready(

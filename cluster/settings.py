@@ -32,7 +32,7 @@ from router.overlap_policy import MicroBatchSetting, parse_micro_batches
 
 ENV_PREFIX = "SHOAL_"
 # Variables that other commands read; they are no settings of a cluster.
-_OTHER_VARIABLES = frozenset({"SHOAL_STATE_DIR", "SHOAL_URL", "SHOAL_SESSION", "SHOAL_KUBE_ASSETS"})
+_OTHER_VARIABLES = frozenset({"SHOAL_API_KEY", "SHOAL_STATE_DIR", "SHOAL_URL", "SHOAL_SESSION", "SHOAL_KUBE_ASSETS"})
 # A Kubernetes service called "shoal" makes the kubelet put such variables into every pod beside it.
 _SERVICE_LINK = re.compile(r"SHOAL(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP)(_[A-Z]+)?)?)")
 
@@ -198,6 +198,13 @@ class ServeSettings(BaseModel):
     rebalance_extra_share: Annotated[float, Field(ge=0, le=10)] = Field(
         0.12, description="memory for further copies of hot experts, as a part of what each expert group begins with"
     )
+    trace_to: str | None = Field(
+        None, description="where spans of sampled requests go: an OTLP/HTTP collector's URL, or a file; None: no traces"
+    )
+    trace_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="part of the requests without a traceparent of their own that are traced"
+    )
+    metrics_compat: Literal["none", "vllm"] = Field("none", description="vllm: /metrics has vLLM's names, too")
     drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = Field(
         120.0, description="seconds that running requests may take to end when the cluster stops"
     )

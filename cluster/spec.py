@@ -48,6 +48,7 @@ class RouterSpec:
     priority_ageing_s: float = 60.0
     numerics: Literal["sticky", "uniform", "mixed"] = "sticky"
     max_missing_experts: int = 0
+    trace_to: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

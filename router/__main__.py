@@ -82,6 +82,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX; auto: the first card if any")
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: all cores")
+    parser.add_argument("--trace-to", metavar="URL|FILE", help="where spans go: an OTLP/HTTP collector, or a file")
     parser.add_argument("--drain-timeout-s", type=float, default=30.0)
     parser.add_argument("--tls-dir", metavar="DIR", help="certificates of the cluster: tls.crt, tls.key, ca.crt")
     parser.add_argument("--insecure-cluster-network", action="store_true", help="listen unencrypted for other machines")
@@ -112,6 +113,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         expert_endpoints=tuple(options.expert),
         tls_dir=options.tls_dir,
         allow_insecure=options.insecure_cluster_network,
+        trace_to=options.trace_to,
     )
     return config, options.drain_timeout_s
 

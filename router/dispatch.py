@@ -41,6 +41,7 @@ from router.expert_pool import ExpertPool
 from router.native_scatter import Asked, Gather, NativeRound, SentFrame, make_native_scatter
 from router.reply_times import get_size_class
 from router.row_sums import Answer, add_answers
+from router.sequence_trace import Hop
 
 CombineMode = Literal["reduced", "exact"]
 
@@ -223,6 +224,7 @@ class Dispatcher:
         if copy is not None:
             self._saved_hedges -= 1
             self.counters.num_hedges += 1
+            self._pool.traffic.of(group_name).num_hedges += 1
         return copy
 
     def measure(
@@ -267,12 +269,21 @@ class Dispatcher:
             now_s + timeout_s,
         )
         data = self._encode(connection, posted.frame_id, layer, frame, timeout_s)
+        self._count_frame(group_name, frame, data)
         connection.post(posted.frame_id, data, lambda outcome: on_done(posted, outcome), size_class)
         return posted
 
-    def note_answer(self, posted: PostedFrame, frame: GroupFrame, group_name: str) -> None:
+    def note_answer(
+        self, posted: PostedFrame, layer: _Layer, frame: GroupFrame, group_name: str, reply: Tensor
+    ) -> None:
         """It was the first good one."""
+        if self._pool.hops.is_on:
+            replica_id, num_pairs = posted.connection.replica.replica_id, len(frame.pair_rows)
+            self._pool.hops.note(
+                Hop(layer.layer_id, group_name, replica_id, num_pairs, posted.sent_s, time.monotonic())
+            )
         reply_s = time.monotonic() - posted.sent_s
+        self._count_answer(group_name, reply, reply_s)
         self._pool.late_point(group_name, get_size_class(len(frame.pair_rows))).record(reply_s)
 
     def first_timeout_s(self, layer: _Layer) -> float:
@@ -298,8 +309,12 @@ class Dispatcher:
             try:
                 frame_id = connection.next_frame_id()
                 data = self._encode(connection, frame_id, layer, frame, timeout_s)
+                self._count_frame(group_name, frame, data)
+                sent_s = time.monotonic()
                 reply = await connection.call(frame_id, data, timeout_s, size_class)
-                return self.check_reply(connection, layer, frame, reply)
+                tensor = self.check_reply(connection, layer, frame, reply)
+                self._count_answer(group_name, tensor, time.monotonic() - sent_s)
+                return tensor
             except ReplicaError as error:
                 self.note_failure(layer, group_name, [*failed, connection], error)
                 if connection in failed:  # every replica has failed it: ask again, but not in a hot loop
@@ -313,6 +328,7 @@ class Dispatcher:
         """Count it. Raises ExpertsUnavailable if it was the last attempt that the layer's deadline allows."""
         self.counters.count_error(error)
         self.counters.num_retries += 1
+        self._pool.traffic.of(group_name).num_retries += 1
         if asyncio.get_running_loop().time() >= layer.deadline and not self._pool.has_other(group_name, failed):
             raise ExpertsUnavailable(f"expert group {group_name}: {error}") from error
 
@@ -336,6 +352,15 @@ class Dispatcher:
             connection.drop(error)
             raise error
         return reply.tensor
+
+    def _count_frame(self, group_name: str, frame: GroupFrame, data: Sequence[Buffer]) -> None:
+        self._pool.traffic.of(group_name).count_frame(
+            len(frame.row_ids), len(frame.pair_rows), sum(len(part) for part in data)
+        )
+
+    def _count_answer(self, group_name: str, reply: Tensor, reply_s: float) -> None:
+        size_bytes = reply.numel() * self._options.wire_format.reply_dtype.itemsize
+        self._pool.traffic.of(group_name).count_answer(size_bytes, reply_s)
 
     def _encode(
         self, connection: ExpertConnection, frame_id: int, layer: _Layer, frame: GroupFrame, timeout_s: float
@@ -549,7 +574,7 @@ class PendingGather:
             self._fail(error)
         else:
             del self._posted[index]
-            self._dispatcher.note_answer(posted, self._frames[index], self._group_names[index])
+            self._dispatcher.note_answer(posted, self._layer, self._frames[index], self._group_names[index], reply)
             if copy is not None and first is not None:
                 del self._copies[index]
                 other = first if posted is copy else copy
@@ -567,6 +592,7 @@ class PendingGather:
             return
         self._dispatcher.counters.count_error(error)
         self._dispatcher.counters.num_retries += 1
+        self._dispatcher.pool.traffic.of(self._group_names[index]).num_retries += 1
         self._failed.setdefault(index, []).append(posted.connection)
         if posted is not copy:
             self._posted[index] = copy

@@ -12,8 +12,10 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from router.sample_rows import build_sample_row
 from router.sampler import TokenLogprobs, compute_logprobs, sample
 from router.scheduler import ScheduledChunk, Scheduler, SchedulerLimits
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
+from router.sequence_trace import HopRecorder
 from router.step_batch import Segment, StepBatch, TokenSpan, build_step_batch
 from router.step_times import PartTimes
 from router.trunk import Trunk
@@ -68,6 +71,14 @@ class EngineProgress:
     num_accepted: tuple[int, ...]
 
 
+class TeamQueue(NamedTuple):
+    """Sequences of one fairness_key."""
+
+    fairness_key: str
+    num_running: int
+    num_waiting: int
+
+
 class Engine:
     """Owned by one event loop; every method is called on it."""
 
@@ -83,11 +94,12 @@ class Engine:
         find_outage: Callable[[], str | None] = lambda: None,
         queue_policy: QueuePolicy | None = None,
         count_expert_groups: Callable[[], int] = lambda: 1,
+        hops: HopRecorder | None = None,
     ) -> None:
         """limits.num_blocks: of the trunk's cache. overlap: None computes every step as one batch. drafter: None: one
         token per sequence and step. find_outage: what has been missing for so long that no request may wait for it;
         None: nothing. queue_policy: None: first come, first served. count_expert_groups: that
-        a layer is spread over."""
+        a layer is spread over. hops: where the dispatcher notes them; None: nowhere."""
         self._config = config
         self._trunk = trunk
         self._micro_batches = MicroBatchRunner(trunk, overlap or OverlapPolicy("off"))
@@ -97,6 +109,7 @@ class Engine:
         self._eos_token_ids = frozenset(config.eos_token_ids)
         self._wake = asyncio.Event()
         self.find_outage = find_outage
+        self._hops = hops or HopRecorder()
         self._draining = False
         self._num_steps = 0
         self._num_submitted = 0
@@ -132,6 +145,12 @@ class Engine:
             num_drafted=tuple(self._num_drafted),
             num_accepted=tuple(self._num_accepted),
         )
+
+    def list_team_queues(self) -> list[TeamQueue]:
+        """By fairness_key, those with most sequences first."""
+        running = Counter(sequence.request.fairness_key for sequence in self._scheduler.running)
+        waiting = Counter(sequence.request.fairness_key for sequence in self._scheduler.waiting)
+        return [TeamQueue(key, running[key], waiting[key]) for key, _ in (running + waiting).most_common()]
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where sequences and cache blocks disagree."""
@@ -173,7 +192,8 @@ class Engine:
                     await self._wake.wait()
                     self._charged_until_ns = time.perf_counter_ns()
                     continue
-                self._step_started = time.monotonic()
+                started_s = self._step_started = time.monotonic()
+                traced = self._note_start(chunks, started_s)
                 started_ns = time.perf_counter_ns()
                 is_whole = False
                 try:
@@ -188,6 +208,8 @@ class Engine:
                     logger.exception("step failed num_sequences=%d", len(chunks))
                     self._fail(chunks, error)
                 finally:
+                    if traced:
+                        self._note_traced(traced, started_s)
                     self._step_started = None
                     self._num_steps += 1
                     self._trunk.times.step_ns += time.perf_counter_ns() - started_ns
@@ -195,6 +217,24 @@ class Engine:
                 # With the turns: they are part of what drafts save.
                 if is_whole and self._drafter is not None and all(chunk.is_decode for chunk in chunks):
                     self._drafter.note_step(len(chunks), (time.perf_counter_ns() - started_ns) / 1e9)
+
+    def _note_start(self, chunks: list[ScheduledChunk], now_s: float) -> list[ScheduledChunk]:
+        """Returns the chunks of sequences that are traced."""
+        traced: list[ScheduledChunk] = []
+        for chunk in chunks:
+            if chunk.sequence.started_s is None:
+                chunk.sequence.started_s = now_s
+            if chunk.sequence.trace is not None:
+                traced.append(chunk)
+                if chunk.sequence.trace.wants_hops and not self._hops.is_on:
+                    self._hops.start()
+        return traced
+
+    def _note_traced(self, traced: list[ScheduledChunk], started_s: float) -> None:
+        now_s, hops = time.monotonic(), self._hops.stop()
+        for chunk in traced:
+            if chunk.sequence.trace is not None:
+                chunk.sequence.trace.add_step(started_s, now_s, chunk.num_new, hops)
 
     async def _give_turns(self, chunks: list[ScheduledChunk]) -> None:
         """The RPC handlers send what the step gave them, and new requests come in."""
@@ -301,6 +341,8 @@ class Engine:
             self._finish(sequence, sequence.grammar.error)
             return False
         self._num_turns += 1
+        if sequence.first_token_s is None:
+            sequence.first_token_s = time.monotonic()
         output: SequenceOutput | None = None
         for index, token in enumerate(tokens):
             sequence.append(token.token_id)

@@ -24,8 +24,10 @@ from router.dispatch_counters import DispatchCounters
 from router.errors import ExpertsUnavailable, StaleTable, TableChanged
 from router.expert_connection import ExpertConnection
 from router.expert_table import EMPTY_TABLE, ExpertTable, ProcessKey
+from router.group_traffic import TrafficBook
 from router.heartbeat import DEFAULT_HEARTBEATS, HeartbeatOptions
 from router.reply_times import LatePoint
+from router.sequence_trace import HopRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ class ExpertPool:
         self._config = config
         self._options = options or PoolOptions()
         self.counters = DispatchCounters()
+        self.traffic = TrafficBook()
+        self.hops = HopRecorder()
         self._table = EMPTY_TABLE
         self._connections: dict[ProcessKey, ExpertConnection] = {}
         # Further streams to the same replicas, for rounds at the same time; by lane, from 1.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import math
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, Protocol
@@ -30,7 +31,9 @@ from experts.kernels.cpu_ffn import load_library
 from experts.v1 import experts_pb2
 from router.expert_connection import ExpertConnection
 from router.expert_pool import ExpertPool
+from router.group_traffic import NativeTraffic
 from router.reply_times import get_size_class
+from router.sequence_trace import Hop
 
 # How long a gather waits in the library.
 WAIT_US = 3_000
@@ -171,6 +174,8 @@ class _Lane:
             dtype=_WIRE_DTYPES[scatter.dtype], reply_dtype=_WIRE_DTYPES[scatter.reply_dtype], flush_ms=_FLUSH_MS
         )
         self._table_version = -1
+        self._group_names: Sequence[str] = ()
+        scatter.pool.traffic.add_collector(self._collect_traffic)
         self._connections: Sequence[ExpertConnection] | None = None
         self._links: Any = None
         self._frame_ids: Any = None
@@ -216,10 +221,11 @@ class _Lane:
         self.is_busy = True
         return round_
 
-    def note_answers(self, connections: Sequence[ExpertConnection]) -> None:
-        """Now and then, how long the replicas took."""
+    def note_answers(self, layer_id: int, connections: Sequence[ExpertConnection]) -> None:
+        """Now and then, how long the replicas took; always, while a request is traced."""
         self._num_rounds += 1
-        if self._num_rounds % MEASURE_EVERY != 1:
+        hops = self.scatter.pool.hops
+        if self._num_rounds % MEASURE_EVERY != 1 and not hops.is_on:
             return
         count = len(connections)
         pairs, reply_ns = (ctypes.c_int32 * count)(), (ctypes.c_int64 * count)()
@@ -227,8 +233,26 @@ class _Lane:
         for index, connection in enumerate(connections):
             if pairs[index]:
                 connection.note_answer(get_size_class(pairs[index]), reply_ns[index] / 1e9)
+        if hops.is_on:
+            # The last answer has just come.
+            sent_s = time.monotonic() - max(reply_ns) / 1e9
+            for name, connection, num_pairs, own_ns in zip(
+                self._group_names, connections, pairs, reply_ns, strict=True
+            ):
+                if num_pairs:
+                    replica_id = connection.replica.replica_id
+                    hops.note(Hop(layer_id, name, replica_id, num_pairs, sent_s, sent_s + own_ns / 1e9))
+
+    def _collect_traffic(self) -> None:
+        counted = (NativeTraffic * len(self._group_names))()
+        self.scatter.library.shoal_scatter_take_traffic(self.handle, len(counted), ctypes.byref(counted))
+        self.scatter.pool.traffic.add_native(self._group_names, list(counted))
 
     def _look_at_table(self, version: int) -> None:
+        if version != self._table_version:
+            # What was counted so far belongs to the groups of the table before.
+            self._collect_traffic()
+            self._group_names = self.scatter.pool.table.group_names
         connections = self._connections = self.scatter.pool.sole_connections(self._number)
         self._table_version = version
         if connections is None:
@@ -341,7 +365,7 @@ class NativeRound:
         self.end_loans()
         self.frame_ids = ()
         self._lane.is_busy = False
-        self._lane.note_answers(self._connections)
+        self._lane.note_answers(self._asked.layer_id, self._connections)
         self._notify()
 
     def _leave(self) -> None:

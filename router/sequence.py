@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from router.grammar import GrammarState
 from router.token_counts import TokenCounts
 
 if TYPE_CHECKING:  # the scheduler needs no torch
     from router.sampler import SamplingParams, TokenLogprobs
+    from router.sequence_trace import SequenceTrace
 
 # Lower goes first. Compared as tuples are.
 Rank = tuple[float, ...]
@@ -55,6 +57,15 @@ class GeneratedToken:
     logprobs: TokenLogprobs | None
 
 
+class SequenceTimes(NamedTuple):
+    """Where the time of a sequence went: waiting for its first step, from then to its first token, from that to its
+    last."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
 @dataclass(frozen=True)
 class SequenceOutput:
     """What one step gave a sequence. prompt_tokens come before any token."""
@@ -79,6 +90,7 @@ class Sequence:
     num_left_out: experts that its rows had to do without, those of drafts included; what it computes from then on is
     not for others. counts: of its tokens, where it has penalties. grammar: what its answer must match. outputs ends
     with one that has a finish_reason, or with an error.
+    arrived_s, started_s, first_token_s: of time.monotonic; started_s: its first step began. trace: None: not sampled.
     """
 
     request: GenerationRequest
@@ -98,6 +110,10 @@ class Sequence:
     grammar: GrammarState | None = None
     num_left_out: int = 0
     counts: TokenCounts | None = field(init=False, default=None)
+    arrived_s: float = field(default_factory=time.monotonic)
+    started_s: float | None = None
+    first_token_s: float | None = None
+    trace: SequenceTrace | None = None
     outputs: asyncio.Queue[SequenceOutput | Exception] = field(
         default_factory=asyncio.Queue[SequenceOutput | Exception]
     )
@@ -132,6 +148,12 @@ class Sequence:
     def max_total_tokens(self) -> int:
         """The length at which it ends; the last token is never fed back, so it needs no cache row."""
         return self.num_prompt_tokens + self.request.max_tokens
+
+    def times(self, now_s: float) -> SequenceTimes:
+        """Up to now_s, of time.monotonic."""
+        started_s = now_s if self.started_s is None else self.started_s
+        first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        return SequenceTimes(started_s - self.arrived_s, first_token_s - started_s, now_s - first_token_s)
 
     @property
     def may_reuse(self) -> bool:

@@ -51,6 +51,7 @@ from router.scheduler import SchedulerLimits
 from router.service import RouterService, wait_drained
 from router.service_tallies import ServiceTallies
 from router.static_experts import StaticExperts
+from router.tracing import Tracer
 from router.trunk import Trunk
 from router.v1 import router_pb2_grpc
 from router.weights import TrunkWeights, load_trunk_weights
@@ -87,7 +88,8 @@ class RouterConfig:
     expert replicas. numerics: see expert_pool.PoolOptions. queue_policy: who is next; fair: shared out between the
     fairness_keys of requests, fcfs: by arrival. priority_ageing_s: of waiting, after which a request rises a class.
     max_missing_experts: see router/degradation.py; 0: a token waits for all of its experts. tls_dir: of certificates;
-    None: unencrypted, which allow_insecure permits on an address that others reach."""
+    None: unencrypted, which allow_insecure permits on an address that others reach.
+    trace_to: see tracing.Tracer; None: no traces."""
 
     checkpoint: str
     router_id: str = "r0"
@@ -116,6 +118,7 @@ class RouterConfig:
     expert_endpoints: tuple[str, ...] = ()
     tls_dir: str | None = None
     allow_insecure: bool = False
+    trace_to: str | None = None
 
 
 class RouterServer:
@@ -157,6 +160,8 @@ class RouterServer:
         if config.queue_policy == "fair":
             self._fair_queue = FairQueue(time.monotonic, config.priority_ageing_s)
         self._tallies = ServiceTallies(self._fair_queue, time.monotonic)
+        # Sampled is what the front says.
+        self._tracer = None if config.trace_to is None else Tracer("shoal-router", config.trace_to, share=0.0)
         self._load_progress = 0.0
         self._is_stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -186,6 +191,10 @@ class RouterServer:
     def grammars(self) -> GrammarCompiler | None:
         """None while the weights load, and without a tokenizer."""
         return self._grammars
+
+    @property
+    def tracer(self) -> Tracer | None:
+        return self._tracer
 
     @property
     def load_progress(self) -> float:
@@ -312,6 +321,7 @@ class RouterServer:
                 find_outage=self._find_outage,
                 queue_policy=self._fair_queue or FirstComeFirstServed(),
                 count_expert_groups=lambda: len(self.pool.table.groups),
+                hops=self.pool.hops,
             )
             self._engine_made_at = time.monotonic()
         except BaseException as error:
@@ -428,6 +438,8 @@ class RouterServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._pool is not None:
             await self._pool.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
 
 def _resolve_speculative_tokens(config: RouterConfig, model: ModelConfig) -> int:

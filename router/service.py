@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn, Protocol
 
@@ -20,9 +21,19 @@ from router.expert_pool import ExpertPool
 from router.expert_table import table_from_proto
 from router.grammar import Grammar, GrammarCompiler, GrammarState
 from router.penalties import LogitBias, Penalties
+from router.process_figures import read_process_figures
 from router.sampler import SamplingParams
-from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
+from router.sequence import (
+    FinishReason,
+    GeneratedToken,
+    GenerationRequest,
+    Sequence,
+    SequenceOutput,
+    SequenceTimes,
+)
+from router.sequence_trace import begin_trace
 from router.service_tallies import ServiceTallies
+from router.tracing import Tracer
 from router.v1 import router_pb2 as pb
 from router.v1 import router_pb2_grpc
 
@@ -34,6 +45,8 @@ _FINISH_REASONS = {
 }
 # Beyond it, logits lose their digits; nobody asks for more than 2.
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
+# Of a Status, so that names made up by clients cannot fill it.
+MAX_TEAMS = 64
 _STATUS_OF_ERROR: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (BadRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -59,6 +72,8 @@ class RouterState(Protocol):
     def load_progress(self) -> float: ...
     @property
     def grammars(self) -> GrammarCompiler | None: ...
+    @property
+    def tracer(self) -> Tracer | None: ...
     def start_drain(self) -> None: ...
 
 
@@ -79,18 +94,28 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             sequence = engine.submit(read, await _compile_grammar(self._state.grammars, read, request))
         except Exception as error:
             await _abort(context, error)
+        trace = sequence.trace = begin_trace(
+            self._state.tracer, request.traceparent, self._state.router_id, request.request_id
+        )
         finished = False
+        error_text: str | None = None
         try:
             while not finished:
                 output = await _next_output(sequence)
                 if isinstance(output, Exception):
-                    finished = True
+                    finished, error_text = True, str(output)
                     await _abort(context, output)
                 finished = output.finish_reason is not None
-                yield _write_output(output, sequence)
+                response = _write_output(output, sequence)
+                if finished:
+                    response.times.CopyFrom(_write_times(sequence.times(time.monotonic())))
+                yield response
         finally:
             if not finished:  # the client left
                 engine.cancel(sequence)
+            if trace is not None:
+                error_text = error_text if finished else "the client left"
+                trace.end(sequence.started_s, sequence.first_token_s, sequence.num_generated, error_text)
 
     async def UpdateExpertTable(
         self,
@@ -132,6 +157,11 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         )
         response.dispatch.CopyFrom(pb.DispatchCounters(**dataclasses.asdict(state.pool.counters)))
         response.replicas.extend(pb.ReplicaTimes(**replica._asdict()) for replica in state.pool.replica_times())
+        response.groups.extend(
+            pb.GroupTraffic(name=name, **dataclasses.asdict(traffic))
+            for name, traffic in sorted(state.pool.traffic.read().items())
+        )
+        response.process.CopyFrom(read_process_figures())
         engine = state.engine
         if engine is None:
             response.message = "loading weights"
@@ -154,6 +184,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         response.num_generated_tokens = progress.num_generated_tokens
         response.num_drafted.extend(progress.num_drafted)
         response.num_accepted.extend(progress.num_accepted)
+        response.teams.extend(pb.TeamQueue(**team._asdict()) for team in engine.list_team_queues()[:MAX_TEAMS])
         response.draining = engine.draining
         unserved = state.pool.unserved()
         response.unserved_ms = int(state.pool.unserved_s * 1000)
@@ -278,6 +309,12 @@ def _write_output(output: SequenceOutput, sequence: Sequence) -> pb.GenerateResp
     if output.stop_token_id is not None:
         response.stop_token_id = output.stop_token_id
     return response
+
+
+def _write_times(times: SequenceTimes) -> pb.SequenceTimes:
+    return pb.SequenceTimes(
+        queue_us=int(times.queue_s * 1e6), prefill_us=int(times.prefill_s * 1e6), decode_us=int(times.decode_s * 1e6)
+    )
 
 
 def _write_token(token: GeneratedToken) -> pb.TokenOutput:

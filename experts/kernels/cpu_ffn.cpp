@@ -462,6 +462,11 @@ void shoal_scatter_times(const Scatter* scatter, int32_t num_groups, int32_t* pa
     }
 }
 
+// By group; see GroupTraffic.
+void shoal_scatter_take_traffic(Scatter* scatter, int32_t num_groups, GroupTraffic* traffic) {
+    for (int group = 0; group < num_groups; ++group) traffic[group] = scatter->take_traffic(group);
+}
+
 // rows[group]: rows in its frame. answers[group]: where its answer lies, null if it is missing.
 void shoal_scatter_look(const Scatter* scatter, int32_t num_groups, int32_t* rows, const void** answers) {
     for (int group = 0; group < num_groups; ++group) {

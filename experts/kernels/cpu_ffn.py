@@ -481,6 +481,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name in (
         *("shoal_link_free", "shoal_link_open", "shoal_link_close", "shoal_server_free", "shoal_server_enable"),
         *("shoal_server_use", "shoal_serve", "shoal_scatter_free", "shoal_scatter_look", "shoal_scatter_times"),
+        "shoal_scatter_take_traffic",
     ):
         getattr(library, name).restype = None
     library.shoal_link_new.argtypes = library.shoal_scatter_new.argtypes = ()
@@ -494,6 +495,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.shoal_take_load.argtypes = (address, address, integer, address)
     library.shoal_scatter.argtypes = (address, address)
     library.shoal_gather.argtypes = (address, integer, address)
+    library.shoal_scatter_take_traffic.argtypes = (address, integer, address)
     library.shoal_scatter_look.argtypes = library.shoal_scatter_times.argtypes = (address, integer, address, address)
     return library
 

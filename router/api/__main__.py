@@ -42,6 +42,9 @@ def main() -> int:
         strict_fields=arguments.strict_fields,
         router_dead_s=arguments.router_dead_s,
         cluster_tls_dir=arguments.tls_dir,
+        metrics_compat=arguments.metrics_compat,
+        trace_to=arguments.trace_to,
+        trace_share=arguments.trace_share,
     )
     try:
         check_open_access(arguments.host, has_keys=arguments.keys_file is not None, is_allowed=arguments.no_auth)
@@ -103,6 +106,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
     parser.add_argument("--tls-key", metavar="FILE", help="and its key")
     parser.add_argument("--strict-fields", action="store_true", help="refuse unknown request fields")
+    parser.add_argument("--trace-to", metavar="URL|FILE", help="where spans go: an OTLP/HTTP collector, or a file")
+    parser.add_argument("--trace-share", type=float, default=ApiSettings.trace_share, help="of requests, from 0 to 1")
+    parser.add_argument("--metrics-compat", choices=["none", "vllm"], default="none", help="further names in /metrics")
     return parser.parse_args()
 
 

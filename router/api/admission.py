@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.api.errors import ApiError, BadRequest, NotAuthenticated, RateLimited, error_response
 from router.api.request_use import RequestUse, set_current_use
+from router.api.viewer import is_admin
 from router.tenancy.journal import UsageJournal
 from router.tenancy.key_file import Limits
 from router.tenancy.key_ring import ANONYMOUS, Account, KeySource, now_utc
@@ -22,7 +23,11 @@ from router.tenancy.limits import LimitBook, LimitState
 from router.tenancy.priority import PriorityClass
 
 # Compared as they are: what only looks like one of them wants a key.
-PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/version"})
+PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/version", "/ui"})
+# Files that say nothing.
+PUBLIC_PREFIX = "/ui/static/"
+# What the administrator may see, too, who has no key of a team.
+VIEWER_PATHS = frozenset({"/metrics", "/ui/state", "/ui/events", "/ui/experts"})
 PRIORITY_HEADER = "x-shoal-priority"
 # Close code of RFC 6455, section 7.4.1: the message violates the endpoint's policy.
 _POLICY_VIOLATION = 1008
@@ -33,9 +38,11 @@ _SLOTS_PER_REQUEST = 2
 class Admission:
     """Authenticates, keeps limits, and tells routes whose request it is (request_use)."""
 
-    def __init__(self, app: ASGIApp, accounts: Accounts) -> None:
+    def __init__(self, app: ASGIApp, accounts: Accounts, viewer_token: str | None = None) -> None:
+        """viewer_token: whoever sends the admin token that it follows from may look; None: there is none."""
         self._app = app
         self._accounts = accounts
+        self._viewer_token = viewer_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -46,10 +53,10 @@ class Admission:
             # No route takes any other protocol.
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
             return
-        if account is None and scope["path"] in PUBLIC_PATHS:
+        if account is None and self._may_pass(scope):
             account = ANONYMOUS
         if account is None:
-            await error_response(NotAuthenticated())(scope, receive, send)
+            await _refuse(NotAuthenticated(), scope, receive, send)
             return
         try:
             use = RequestUse(
@@ -60,13 +67,23 @@ class Admission:
                 _read_priority(Headers(scope=scope)),
             )
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
         set_current_use(use)
         if scope["method"] == "POST":
             await self._run_limited(account, scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        """Without a key."""
+        path = scope["path"]
+        if path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIX):
+            return True
+        if path not in VIEWER_PATHS:
+            return False
+        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and is_admin(token.strip(), self._viewer_token)
 
     async def _run_limited(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
         limits = self._accounts.limits
@@ -82,12 +99,18 @@ class Admission:
         refusal = limits.admit(account)
         if refusal is not None:
             error = RateLimited(refusal.reason, retry_after_s=refusal.retry_after_s)
-            await error_response(error)(scope, receive, send_with_limits)
+            await _refuse(error, scope, receive, send_with_limits)
             return
         try:
             await self._app(scope, receive, send_with_limits)
         finally:
             limits.release(account)
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    # For the edge, which counts and logs what was turned away.
+    scope["state"]["error_code"] = error.code or "error"
+    await error_response(error)(scope, receive, send)
 
 
 class Accounts:

@@ -12,7 +12,9 @@ from fastapi import Request
 
 from experts.model_config import ModelConfig
 from router.api.answer_parser import ANSWER_MARKERS, StandIns
+from router.api.api_metrics import ApiMetrics
 from router.api.chat_template import ChatTemplate
+from router.api.cluster_source import ClusterSource
 from router.api.connection import encode_json
 from router.api.errors import BadRequest, ContextLengthExceeded, ModelNotFound
 from router.api.fields import RequestT, parse_request
@@ -22,7 +24,9 @@ from router.api.request_use import get_current_use
 from router.api.router_client import RouterClient, RouterEndpoints
 from router.api.sampling_defaults import SamplingDefaults
 from router.api.settings import ApiSettings
+from router.api.status_cache import StatusCache
 from router.api.tokenizer import TextTokenizer
+from router.tracing import Tracer
 
 ResultT = TypeVar("ResultT")
 
@@ -35,7 +39,7 @@ _INLINE_TOKENS = 512
 class ApiContext:
     """Loads everything but weights from the checkpoint. Raises ConfigError, TokenizerError."""
 
-    def __init__(self, settings: ApiSettings, endpoints: RouterEndpoints) -> None:
+    def __init__(self, settings: ApiSettings, endpoints: RouterEndpoints, cluster: ClusterSource) -> None:
         config = ModelConfig.from_folder(settings.checkpoint)
         self.settings = settings
         self.model_names = settings.served_model_names or (settings.checkpoint.resolve().name,)
@@ -51,11 +55,19 @@ class ApiContext:
             {marker: token_id for marker, token_id in self.marker_ids.items() if marker in ANSWER_MARKERS}
         )
         self.grammars = GrammarChecker(settings.checkpoint, retry_after_s=settings.retry_after_s)
-        self.routers = RouterClient(endpoints, settings, config.eos_token_ids)
+        self.tracer = None
+        if settings.trace_to is not None:
+            self.tracer = Tracer("shoal-api", settings.trace_to, settings.trace_share)
+        self.metrics = ApiMetrics(self.model_names[0])
+        self.routers = RouterClient(endpoints, settings, config.eos_token_ids, self.metrics)
+        self.cluster = cluster
+        self.statuses = StatusCache(self.routers)
         self._threads = ThreadPoolExecutor(settings.num_text_threads, thread_name_prefix="text")
 
     async def close(self) -> None:
-        await asyncio.gather(self.routers.close(), self.grammars.close())
+        await asyncio.gather(self.routers.close(), self.grammars.close(), self.cluster.close())
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def read_json(self, request: Request) -> Any:

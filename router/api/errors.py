@@ -196,8 +196,10 @@ def error_response(error: ApiError) -> JSONResponse:
 def install_error_handlers(app: FastAPI) -> None:
     """Give every error of the app, also the framework's own, the OpenAI shape."""
 
-    async def answer_api_error(_request: Request, error: Exception) -> JSONResponse:
+    async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
+        # For the edge, which counts and logs what was turned away.
+        request.state.error_code = error.code or "error"
         return error_response(error)
 
     async def answer_http_exception(_request: Request, error: Exception) -> JSONResponse:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import NamedTuple, Protocol
@@ -18,12 +19,16 @@ import grpc
 import grpc.aio
 
 from experts.tls import load_cluster_tls
+from router.api.api_metrics import ApiMetrics
 from router.api.attempts import Attempts, Failure, FailureKind
 from router.api.continuation import Continuation
 from router.api.errors import ApiError, BadRequest, InternalError, RequestTimedOut
+from router.api.request_scope import current_request
 from router.api.router_choice import Candidate, PrefixDirectory, choose_router, compute_blocks
 from router.api.router_link import RouterLink, RouterSilent
+from router.api.sequence_observation import SequenceObservation
 from router.api.settings import ApiSettings
+from router.cancellation import is_task_cancelled
 from router.v1 import router_pb2
 
 logger = logging.getLogger(__name__)
@@ -60,11 +65,14 @@ class RouterStatus(NamedTuple):
 class RouterClient:
     """Use it on one event loop only; channels are opened on first use. Raises ConfigError for unusable certificates."""
 
-    def __init__(self, endpoints: RouterEndpoints, settings: ApiSettings, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, endpoints: RouterEndpoints, settings: ApiSettings, eos_token_ids: Sequence[int], metrics: ApiMetrics
+    ) -> None:
         self._endpoints = endpoints
         self._settings = settings
         self._tls = load_cluster_tls(settings.cluster_tls_dir)
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._metrics = metrics
         self._routers: dict[str, RouterLink] = {}
         self._retired: list[RouterLink] = []
         self._prefixes = PrefixDirectory()
@@ -76,6 +84,37 @@ class RouterClient:
 
         Close the generator (aclosing) to cancel the work. Raises ApiError.
         """
+        observation = SequenceObservation(self._metrics, request)
+        scope = current_request.get()
+        span = None if scope is None or scope.span is None else scope.span.add_child("generate", time.time_ns())
+        if span is not None:
+            request.traceparent = span.traceparent
+        try:
+            async with aclosing(self._generate(request)) as responses:
+                async for response in responses:
+                    observation.note(response)
+                    yield response
+        except ApiError as error:
+            observation.fail(error.code or "error")
+            raise
+        except asyncio.CancelledError:
+            observation.fail("abort")
+            raise
+        except GeneratorExit:
+            # The client left between two responses, or the front found a stop string.
+            if is_task_cancelled():
+                observation.fail("abort")
+            else:
+                observation.end("stop")
+            raise
+        except Exception:
+            observation.fail("internal_error")
+            raise
+        finally:
+            if span is not None:
+                span.end()
+
+    async def _generate(self, request: router_pb2.GenerateRequest) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
         now_s = asyncio.get_running_loop().time
         deadline_s = now_s() + self._settings.request_timeout_s
         continuation = Continuation(request, self._eos_token_ids)

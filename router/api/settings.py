@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -61,5 +62,14 @@ class ApiSettings:
     """Most messages of one chat."""
     strict_fields: bool = False
     """Refuse request fields that have no meaning here, instead of ignoring them as most servers do."""
+    viewer_token: str | None = None
+    """With which the front reads the controller's admin API for the status page; whoever sends a token that it follows
+    from is the administrator. None: there is no controller."""
+    trace_to: str | None = None
+    """Where spans of sampled requests go: URL of an OTLP/HTTP collector, or a file; None: no traces."""
+    trace_share: float = 0.01
+    """Of the requests without a traceparent that are sampled; the others go by what theirs says."""
+    metrics_compat: Literal["none", "vllm"] = "none"
+    """vllm: /metrics has vLLM's names, too."""
     num_text_threads: int = 2
     """Threads for tokenising, templates and large JSON, which would stall the event loop."""

@@ -6,8 +6,10 @@ import pytest
 
 from cluster.admin_app import MAX_BODY_BYTES, create_admin_app, hash_token
 from cluster.errors import ChangeRefused, StoreUnavailable
+from router.api.viewer import derive_viewer_token
 
 TOKEN = "correct horse"
+VIEWER_TOKEN = derive_viewer_token(TOKEN)
 
 
 class FakeController:
@@ -26,6 +28,12 @@ class FakeController:
 
     def get_events(self, after: int) -> list[dict[str, Any]]:
         return [{"sequence": after + 1}]
+
+    def get_event_counts(self) -> Mapping[tuple[str, str], int]:
+        return {("replica", "start"): 3}
+
+    async def fetch_expert_load(self) -> dict[str, Any]:
+        return {"layers": []}
 
     async def plan_rebalancing(self, extra_share: float) -> dict[str, Any]:
         return {"extra_share": extra_share}
@@ -64,7 +72,9 @@ def controller() -> FakeController:
 
 @pytest.fixture
 def client(controller: FakeController) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_admin_app(controller, hash_token(TOKEN)), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(
+        create_admin_app(controller, hash_token(TOKEN), hash_token(VIEWER_TOKEN)), raise_app_exceptions=False
+    )
     return httpx.AsyncClient(transport=transport, base_url="http://admin", headers={"Authorization": f"Bearer {TOKEN}"})
 
 
@@ -157,3 +167,12 @@ async def test_a_rebalancing_is_planned_for_the_memory_given(client: httpx.Async
     assert (await client.post("/rebalance/plan", json={"extra_share": 0.5})).json() == {"extra_share": 0.5}
     for value in (-0.1, 11, "1", None):
         check_error(await client.post("/rebalance/plan", json={"extra_share": value}), 400)
+
+
+async def test_the_viewer_may_look_and_change_nothing(client: httpx.AsyncClient, controller: FakeController):
+    headers = {"Authorization": f"Bearer {VIEWER_TOKEN}"}
+    for path in ("/status", "/plan", "/events", "/load"):
+        assert (await client.get(path, headers=headers)).is_success
+    for path in ("/drain", "/scale", "/restart", "/replicas/drain", "/rebalance/plan"):
+        check_error(await client.post(path, headers=headers, json={"groups": {"g0": 2}}), 401)
+    assert controller.changes == controller.drained_s == []

@@ -22,8 +22,10 @@ from router.dispatch_plan import plan_frames
 from router.expert_connection import ExpertConnection
 from router.expert_pool import ExpertPool
 from router.expert_table import ExpertTable, ReplicaEntry
+from router.group_traffic import TrafficBook
 from router.native_scatter import Asked, NativeRound, NativeScatter, SentFrame
 from router.row_sums import Answer, add_answers
+from router.sequence_trace import HopRecorder
 from tests.router.in_process import Fault
 from tests.router.test_dispatch import LAYER_ID, Cluster, dispatching, run, spread, wait_for
 
@@ -82,6 +84,8 @@ class Lender:
 class Pool:
     def __init__(self, lenders: list[Lender], expert_groups: np.ndarray) -> None:
         self.table = ExpertTable(3, ())
+        self.traffic = TrafficBook()
+        self.hops = HopRecorder()
         self._lenders, self._expert_groups = lenders, expert_groups
 
     def sole_connections(self, lane: int = 0) -> list[Lender]:

@@ -9,6 +9,7 @@ import time
 import uvicorn
 
 from router.api.app import create_app
+from router.api.cluster_source import ClusterSource
 from router.api.router_client import RouterEndpoints
 from router.api.settings import ApiSettings
 
@@ -18,8 +19,8 @@ START_TIMEOUT_S = 20.0
 class ApiServer:
     """Serves until `stop`. url: of its root."""
 
-    def __init__(self, settings: ApiSettings, endpoints: RouterEndpoints) -> None:
-        self.app = create_app(settings, endpoints)
+    def __init__(self, settings: ApiSettings, endpoints: RouterEndpoints, cluster: ClusterSource | None = None) -> None:
+        self.app = create_app(settings, endpoints, cluster)
         listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

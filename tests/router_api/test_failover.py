@@ -15,6 +15,7 @@ import grpc
 import httpx
 import pytest
 
+from router.api.api_metrics import ApiMetrics
 from router.api.router_client import RouterClient, StaticEndpoints
 from router.api.settings import ApiSettings
 from router.api.tokenizer import TextTokenizer
@@ -482,7 +483,7 @@ async def test_a_router_that_leaves_while_it_is_asked_for_its_status_counts_as_s
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.setblocking(False)
         endpoints = ChangingEndpoints([f"127.0.0.1:{silent.getsockname()[1]}"])
-        client = RouterClient(endpoints, replace(settings, status_timeout_s=WAIT_S), ())
+        client = RouterClient(endpoints, replace(settings, status_timeout_s=WAIT_S), (), ApiMetrics("tiny"))
         asking = asyncio.create_task(client.fetch_statuses())
         connection, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(silent), WAIT_S)
         endpoints.endpoints = []

@@ -3,7 +3,9 @@
 // The messages are those of router/dispatch_plan.py and experts/wire.py, to the byte. Nothing is sent unless all can be.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <poll.h>
+#include <utility>
 
 #include "link.h"
 #include "row_sums.h"
@@ -22,6 +24,21 @@ struct ScatterRequest {
     const void* hidden;
     Link* const* links;
     const uint64_t *frame_ids, *incarnations;
+};
+
+// Mirrored by router/group_traffic.py. Sums since they were last taken; latency_counts: entry i counts answers that took
+// at most 64 << i us.
+struct GroupTraffic {
+    static constexpr int kBuckets = 19;
+    int64_t num_frames, num_rows, num_pairs, sent_bytes, received_bytes, latency_us;
+    std::array<int64_t, kBuckets> latency_counts;
+
+    void count_answer(int64_t bytes, int64_t us) {
+        received_bytes += bytes;
+        latency_us += us;
+        const uint64_t above = uint64_t(std::max<int64_t>(0, us - 1)) >> 6;
+        ++latency_counts[size_t(above ? std::min(64 - __builtin_clzll(above), kBuckets - 1) : 0)];
+    }
 };
 
 enum ScatterStatus : int32_t { kDone = 0, kWaiting = 1, kLeftToPython = 2 };
@@ -44,6 +61,10 @@ class Scatter {
             part.is_missing = true;
             ++num_missing_;
             all_sent &= part.link->out().empty();
+            ++part.traffic.num_frames;
+            part.traffic.num_rows += int64_t(part.rows.size());
+            part.traffic.num_pairs += int64_t(part.pair_rows.size());
+            part.traffic.sent_bytes += part.message_bytes;
         }
         for (const int64_t end_ns = now_ns() + int64_t(request.flush_ms) * 1'000'000; !all_sent;) {
             const int64_t left_ns = end_ns - now_ns();
@@ -110,6 +131,11 @@ class Scatter {
     int num_pairs(int group) const { return int(parts_[size_t(group)].pair_rows.size()); }
     // From sending to the answer.
     int64_t reply_ns(int group) const { return parts_[size_t(group)].reply_ns; }
+    // And begin to count anew.
+    GroupTraffic take_traffic(int group) {
+        if (size_t(group) >= parts_.size()) return {};
+        return std::exchange(parts_[size_t(group)].traffic, {});
+    }
     // Where the answer of a group lies.
     const uint8_t* answer(int group) const {
         const Part& part = parts_[size_t(group)];
@@ -128,6 +154,7 @@ class Scatter {
         int64_t message_bytes, answer_at, reply_ns;
         bool is_missing;
         int polled;
+        GroupTraffic traffic{};
     };
 
     bool plan() {
@@ -235,6 +262,7 @@ class Scatter {
             return false;
         part.answer_at = tensors - part.link->data();
         part.reply_ns = now_ns() - sent_ns_;
+        part.traffic.count_answer(bytes, part.reply_ns / 1000);
         return true;
     }
 
