@@ -126,10 +126,9 @@ def schema_options(*, is_lenient: bool) -> dict[str, Any]:
 def _translate(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
+            options: Any = schema_options(is_lenient=grammar.is_lenient)
             try:
-                return LLMatcher.grammar_from_json_schema(
-                    grammar.text, overrides=schema_options(is_lenient=grammar.is_lenient)
-                )
+                return LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
             except ValueError:
                 raise GrammarFailed("it is not a JSON Schema") from None
         case "lark":

@@ -14,7 +14,7 @@ from tests.compat.random_schemas import make_schema
 from tests.local_stack import LocalStack
 
 # `make compat` takes 200.
-NUM_SCHEMAS = int(os.environ.get("SHOAL_TEST_SCHEMAS", "24"))
+NUM_SCHEMAS = int(os.environ.get("SHOAL_TEST_SCHEMAS", "12"))
 TIMEOUT_S = 110.0
 # Most answers of a small model come to their end by then; the rest shows nothing.
 MAX_TOKENS = 500
