@@ -38,7 +38,8 @@ def test_log_likelihoods_are_those_of_the_text(stack: LocalStack, tokenizer: str
     found = measure(make_model(stack, tokenizer))
     with stack.client() as client:
         for (context, continuation), (logprob, is_greedy) in zip(CASES, found, strict=True):
-            body = {"prompt": context + continuation, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+            body = {"prompt": context + continuation, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0,
+                    "add_special_tokens": False}  # fmt: skip
             logprobs = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
             num_context = sum(offset < len(context) for offset in logprobs["text_offset"])
             own = logprobs["token_logprobs"][num_context:-1]

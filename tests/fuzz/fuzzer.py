@@ -48,7 +48,7 @@ async def run_fuzz(url: str, seeds: Sequence[int], *, parallel: int) -> FuzzRepo
     limits = httpx.Limits(max_connections=parallel + 1, max_keepalive_connections=parallel + 1)
     started_s = time.monotonic()
     async with httpx.AsyncClient(base_url=url, timeout=HANG_S, limits=limits, trust_env=False) as client:
-        victim = asyncio.create_task(_suffer(client, report))
+        victim = asyncio.create_task(_suffer(url, report))
         async with asyncio.TaskGroup() as group:
             for _ in range(parallel):
                 group.create_task(_work(client, remaining, report))
@@ -125,14 +125,20 @@ def _loads(text: str) -> object:
         return None
 
 
-async def _suffer(client: httpx.AsyncClient, report: FuzzReport) -> None:
-    while True:
-        await _suffer_once(client, report)
+async def _suffer(url: str, report: FuzzReport) -> None:
+    """On connections of its own: those of broken requests are closed by the server."""
+    async with httpx.AsyncClient(base_url=url, timeout=HANG_S, trust_env=False) as client:
+        while True:
+            await _suffer_once(client, report)
 
 
 async def _suffer_once(client: httpx.AsyncClient, report: FuzzReport) -> None:
     started_s = time.monotonic()
-    answered = await client.post("/v1/completions", json=VICTIM_BODY)
+    try:
+        answered = await client.post("/v1/completions", json=VICTIM_BODY)
+    except httpx.TransportError as error:
+        report.failures.append(f"the victim's connection: {error!r}")
+        return
     report.victim_s.append(time.monotonic() - started_s)
     if answered.status_code != 200:
         report.failures.append(f"the victim got {answered.status_code}")
