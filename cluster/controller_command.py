@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> NoReturn:
     view = check_ray_cluster(api, [group.name for group in spec.groups], settings.kubernetes_scaling)
     spec = fit_replicas(spec, view)
     asyncio.run(_Command(settings, spec, api_settings, api).run())
+    raise ClusterError("the controller's loop ended, and its process did not")
 
 
 def _check(settings: ServeSettings) -> tuple[ClusterSpec, ApiSettings]:

@@ -25,6 +25,11 @@ from kubernetes import client, config
 
 from cluster.kubernetes_api import KubernetesApi
 
+# The client takes plain dicts as bodies and can give raw answers: its annotations know neither.
+CoreApi: Any = client.CoreV1Api
+RbacApi: Any = client.RbacAuthorizationV1Api
+CoordinationApi: Any = client.CoordinationV1Api
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Set by .ci/run: an API server that is not there is a failure then.
 REQUIRE_VARIABLE = "REQUIRE_KUBE_API"
@@ -91,7 +96,7 @@ class ApiServer:
         deadline_s = time.monotonic() + 60
         while True:
             try:
-                client.CoreV1Api(self.admin).list_namespace(_request_timeout=5)
+                CoreApi(self.admin).list_namespace(_request_timeout=5)
                 return
             except Exception:
                 assert time.monotonic() < deadline_s, "the API server did not come back"
@@ -104,11 +109,11 @@ class ApiServer:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def make_namespace(self, name: str) -> None:
-        client.CoreV1Api(self.admin).create_namespace({"metadata": {"name": name}})
+        CoreApi(self.admin).create_namespace({"metadata": {"name": name}})
 
     def make_account(self, namespace: str, documents: Sequence[dict[str, Any]]) -> str:
         """Create a ServiceAccount, its Role and RoleBinding. Returns the account's token."""
-        core, rbac = client.CoreV1Api(self.admin), client.RbacAuthorizationV1Api(self.admin)
+        core, rbac = CoreApi(self.admin), RbacApi(self.admin)
         create = {
             "ServiceAccount": core.create_namespaced_service_account,
             "Role": rbac.create_namespaced_role,

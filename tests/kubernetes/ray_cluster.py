@@ -17,6 +17,8 @@ from typing import Any
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
+from tests.kubernetes.api_server import CoreApi
+
 NAME = "shoal"
 RAY = ("ray.io", "v1")
 
@@ -53,7 +55,7 @@ def _build_template(image: str) -> dict[str, Any]:
 
 
 def list_event_messages(api_client: client.ApiClient, namespace: str) -> list[str]:
-    answer = client.CoreV1Api(api_client).list_namespaced_event(namespace, _preload_content=False)
+    answer = CoreApi(api_client).list_namespaced_event(namespace, _preload_content=False)
     return [event.get("message") or "" for event in json.loads(answer.data)["items"]]
 
 
@@ -119,7 +121,7 @@ class PlayedOperator:
         addresses: Sequence[str] = tuple(f"10.1.{index // 250}.{index % 250 + 1}" for index in range(1000)),
     ) -> None:
         """group_names: None for every group. addresses: one for each pod, in the order in which they are made."""
-        self._core = client.CoreV1Api(api_client)
+        self._core = CoreApi(api_client)
         self._cluster = RayClusterObject(api_client, namespace)
         self._namespace = namespace
         self._on_start, self._on_look, self._may_end, self._on_end = on_start, on_look, may_end, on_end

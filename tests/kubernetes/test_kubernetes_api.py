@@ -8,6 +8,7 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from cluster.errors import ApiConflict, ApiForbidden, ApiGone, ApiNotFound, KubernetesError
+from tests.kubernetes.api_server import CoordinationApi, CoreApi, RbacApi
 from tests.kubernetes.conftest import Place
 from tests.kubernetes.ray_cluster import NAME, RAY, RayClusterObject, build_ray_cluster
 
@@ -71,26 +72,24 @@ _FORBIDDEN: dict[str, Callable[[client.ApiClient, str], Any]] = {
     "patch rayclusters/status": lambda api, where: client.CustomObjectsApi(api).patch_namespaced_custom_object_status(
         *RAY, where, "rayclusters", NAME, {"status": {}}
     ),
-    "create pods": lambda api, where: client.CoreV1Api(api).create_namespaced_pod(where, {"metadata": {"name": "p"}}),
-    "patch pods": lambda api, where: client.CoreV1Api(api).patch_namespaced_pod("p", where, {}),
-    "delete pods": lambda api, where: client.CoreV1Api(api).delete_namespaced_pod("p", where),
-    "create pods/eviction": lambda api, where: client.CoreV1Api(api).create_namespaced_pod_eviction("p", where, {}),
-    "get pods/exec": lambda api, where: client.CoreV1Api(api).connect_get_namespaced_pod_exec("p", where),
-    "get pods/log": lambda api, where: client.CoreV1Api(api).read_namespaced_pod_log("p", where),
-    "list secrets": lambda api, where: client.CoreV1Api(api).list_namespaced_secret(where),
-    "get configmaps": lambda api, where: client.CoreV1Api(api).read_namespaced_config_map("c", where),
-    "list events": lambda api, where: client.CoreV1Api(api).list_namespaced_event(where),
-    "delete leases": lambda api, where: client.CoordinationV1Api(api).delete_namespaced_lease(
-        "shoal-controller", where
-    ),
-    "update other leases": lambda api, where: client.CoordinationV1Api(api).replace_namespaced_lease(
+    "create pods": lambda api, where: CoreApi(api).create_namespaced_pod(where, {"metadata": {"name": "p"}}),
+    "patch pods": lambda api, where: CoreApi(api).patch_namespaced_pod("p", where, {}),
+    "delete pods": lambda api, where: CoreApi(api).delete_namespaced_pod("p", where),
+    "create pods/eviction": lambda api, where: CoreApi(api).create_namespaced_pod_eviction("p", where, {}),
+    "get pods/exec": lambda api, where: CoreApi(api).connect_get_namespaced_pod_exec("p", where),
+    "get pods/log": lambda api, where: CoreApi(api).read_namespaced_pod_log("p", where),
+    "list secrets": lambda api, where: CoreApi(api).list_namespaced_secret(where),
+    "get configmaps": lambda api, where: CoreApi(api).read_namespaced_config_map("c", where),
+    "list events": lambda api, where: CoreApi(api).list_namespaced_event(where),
+    "delete leases": lambda api, where: CoordinationApi(api).delete_namespaced_lease("shoal-controller", where),
+    "update other leases": lambda api, where: CoordinationApi(api).replace_namespaced_lease(
         "another", where, {"metadata": {"name": "another"}}
     ),
-    "list nodes": lambda api, _: client.CoreV1Api(api).list_node(),
-    "create roles": lambda api, where: client.RbacAuthorizationV1Api(api).create_namespaced_role(
+    "list nodes": lambda api, _: CoreApi(api).list_node(),
+    "create roles": lambda api, where: RbacApi(api).create_namespaced_role(
         where, {"metadata": {"name": "r"}, "rules": []}
     ),
-    "list pods elsewhere": lambda api, _: client.CoreV1Api(api).list_namespaced_pod("default"),
+    "list pods elsewhere": lambda api, _: CoreApi(api).list_namespaced_pod("default"),
 }
 
 
