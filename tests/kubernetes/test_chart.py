@@ -282,7 +282,7 @@ def test_scaling_by_load_bounds_every_group_by_its_pool() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("cpu", "threads"), [("8", 8), (4, 4), ("2500m", 2), ("250m", 1), (1.5, 1)])
+@pytest.mark.parametrize(("cpu", "threads"), [("8", 8), (4, 4), ("2500m", 2), ("250m", 1), ("1.5", 1)])
 def test_threads_are_the_cores_that_pods_ask_for(cpu: str | float, threads: int) -> None:
     resources = {"requests": {"cpu": cpu, "memory": "1Gi"}}
     pools = [{**POOL, "resources": {"requests": {"cpu": "16"}}}, {**POOL, "resources": resources}]
