@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BESIDE_TESTS := tests/ray tests/scenarios tests/reference tests/cluster
+BESIDE_TESTS := tests/ray tests/scenarios tests/kubernetes tests/reference tests/cluster
 BESIDE_LOG := $(VENV)/tests-beside.log
 
 .PHONY: setup serve test chaos check format proto dashboards bench fuzz compat image clean
@@ -20,15 +20,14 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 serve: setup
 	exec $(BIN)/shoal serve
 
-# Tests that start a Ray cluster wait most of their time, so they run beside everything else, and after them what makes
-# the two parts equally long.
+# Tests that start a Ray cluster or an API server wait most of their time, so they run beside everything else, and after
+# them what makes the two parts equally long.
 test: setup
 	@{ $(BIN)/python -m pytest -q $(BESIDE_TESTS) && $(MAKE) --no-print-directory check; } >$(BESIDE_LOG) 2>&1 & \
 	beside=$$!; trap 'kill $$beside' INT TERM; \
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BESIDE_TESTS)); others=$$?; \
 	wait $$beside; beside=$$?; cat $(BESIDE_LOG); \
 	test $$others -eq 0 && test $$beside -eq 0
-
 
 # Every fault of replicas, routers, control plane, nodes and Kubernetes, for as long as it may last and under as much
 # load as was asked for, which takes longer than a test should.
