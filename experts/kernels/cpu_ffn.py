@@ -30,7 +30,7 @@ Family = Literal["amx", "avx512_bf16", "avx2", "portable"]
 FAMILIES: Final[tuple[Family, ...]] = ("amx", "avx512_bf16", "avx2", "portable")
 
 # Counts changes of arithmetic: two versions may differ in the last bits.
-ARITHMETIC_VERSION = 3
+ARITHMETIC_VERSION = 4
 
 # Rows of a packed panel and inputs of a packed block (cpu/matrix.h).
 PANEL_ROWS = 32

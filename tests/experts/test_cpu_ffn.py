@@ -116,6 +116,22 @@ def _compute_reference(
     return expert_ffn_reference(x, rows, experts, weights, expanded, exact=exact)
 
 
+def _compute_with_rounded_inner(
+    x: torch.Tensor,
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray],
+    expanded: Mapping[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    *,
+    exact: bool,
+) -> torch.Tensor:
+    """The reference with inner activations in bf16, as a family keeps them that has no time for more."""
+    result = torch.zeros(len(pairs[0]) if exact else len(x), x.shape[1])
+    for at, (row, expert, weight) in enumerate(zip(*(part.tolist() for part in pairs), strict=True)):
+        gate, up, down = expanded[expert]
+        inner = torch.nn.functional.silu(gate @ x[row].float()) * (up @ x[row].float())
+        result[at if exact else row] += down @ inner.to(torch.bfloat16).float() * weight
+    return result
+
+
 def _bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -179,8 +195,12 @@ def test_bfloat16_activations_agree_with_the_reference(
     for exact in (False, True):
         result = kernel.expert_ffn(x, *pairs, layer, exact=exact)
         expected = _compute_reference(x, pairs, expanded, exact=exact)
-        # What comes in is bf16, inner activations are kept in two parts: a hundredth of the tolerance is enough.
-        assert (result - expected).abs().max() <= 0.01 * KERNEL_RELATIVE_ERROR * expected.abs().max()
+        share = 0.01  # of the tolerance: what comes in is bf16, inner activations are kept in fp32 or two parts
+        if family == "avx512_bf16" and sizes[1] >= 512:
+            assert (result - expected).abs().max() <= KERNEL_RELATIVE_ERROR * expected.abs().max()
+            expected = _compute_with_rounded_inner(x, pairs, expanded, exact=exact)
+            share = 0.2  # a sum that differs in its last bit may round to the other neighbour
+        assert (result - expected).abs().max() <= share * KERNEL_RELATIVE_ERROR * expected.abs().max()
 
 
 def test_huge_and_missing_inner_activations_stay_in_their_row(family: Family) -> None:
@@ -388,7 +408,7 @@ def test_numerics_id_names_family_and_dtype_and_no_threads() -> None:
     before = kernel.numerics_id
     kernel.set_num_threads_(3)
     assert kernel.num_threads == 3
-    assert kernel.numerics_id == before == "cpu-portable/float32/blocks-128/v3"
+    assert kernel.numerics_id == before == "cpu-portable/float32/blocks-128/v4"
 
 
 def test_library_is_built_once_however_many_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

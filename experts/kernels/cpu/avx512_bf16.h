@@ -1,11 +1,17 @@
 // The bf16 engine of CPUs with AVX512-BF16: weights become bf16 in registers, then dot products of input pairs.
-// Packed rows: [block][row][128] bf16; inner rows: [block][row][2 parts][128].
+// Packed rows: [block][row][128] bf16; inner rows: [block][row][parts][128]. Weights are 256 times too small until their
+// scale is applied.
 #pragma once
 
 namespace shoal::avx512_bf16 {
 
+// Of an inner row. A second part doubles the products of `down`, a third of a call's time from a few rows on, and brings
+// an error of 1.6e-3 to nothing. Short rows, of small models, afford it, and need it: with few values the largest error
+// may be more of the largest result than it is on average.
+static inline int inner_parts(int columns) { return columns < 512 ? 2 : 1; }
+
 static size_t packed_bytes(int rows, int columns) { return size_t(round_up(columns, kBlockColumns)) * rows * 2; }
-static size_t inner_bytes(int rows, int columns) { return 2 * packed_bytes(rows, columns); }
+static size_t inner_bytes(int rows, int columns) { return inner_parts(columns) * packed_bytes(rows, columns); }
 
 static inline void pack_line(const Rows& from, int row, int start, int width, uint16_t* to, int padded) {
     const size_t at = size_t(from.rows ? from.rows[row] : row) * from.stride + start;
@@ -30,34 +36,33 @@ static void pack(const Rows& from, void* packed) {
         }
 }
 
-// A cell as bf16 [input pair][half][16 output rows][2]; returns the cell itself if it is bf16.
-static inline const uint8_t* decode(const Matrix& matrix, size_t index, uint8_t* to) {
-    const uint8_t* cell = matrix.cells + index * matrix.cell_bytes();
-    if (matrix.kind == kBf16) return cell;
-    for (int pair = 0; pair < kPairsPerBlock; ++pair) e4m3::decode(cell + pair * 64).store(to + pair * 128);
-    for (uint64_t left = matrix.uncovered[index]; left; left &= left - 1) {
-        const int pair = __builtin_ctzll(left);
-        e4m3::decode_any(cell + pair * 64).store(to + pair * 128);
-    }
-    return to;
-}
-
-// Lines of a cell that decode() has made or that are stored as bf16.
+// Lines of a bf16 cell: [half][16 output rows][2] of an input pair. How far ahead of its use a line is fetched from
+// memory is in lines, 0 for one that has been read before.
 struct StoredLines {
     const uint8_t* cell;
-    e4m3::Line operator()(int pair) const { return e4m3::load(cell + pair * 128); }
-};
-
-// Lines of an FP8 cell, decoded on their way: with few rows, each is needed once. What comes next is fetched line by
-// line, half a cell ahead: fetched all at once it holds up the products.
-struct DecodedLines {
-    const uint8_t* cell;
-    uint64_t uncovered;
+    int ahead;
     e4m3::Line operator()(int pair) const {
-        __builtin_prefetch(cell + (pair + kPairsPerBlock / 2) * 64, 0, 3);
-        return uncovered >> pair & 1 ? e4m3::decode_any(cell + pair * 64) : e4m3::decode(cell + pair * 64);
+        __builtin_prefetch(cell + (pair + ahead) * 128, 0, 3);
+        __builtin_prefetch(cell + (pair + ahead) * 128 + 64, 0, 3);
+        return e4m3::load(cell + pair * 128);
     }
 };
+
+// Lines of an FP8 cell, decoded on their way, again for every few rows: that costs nothing while the units that multiply
+// are what all waits for, and a decoded copy would fill the first-level cache.
+struct DecodedLines {
+    const uint8_t* cell;
+    int ahead;
+    uint64_t uncovered;
+    e4m3::Line operator()(int pair) const {
+        __builtin_prefetch(cell + (pair + ahead) * 64, 0, 3);
+        return uncovered >> pair & 1 ? e4m3::decode_any_small(cell + pair * 64) : e4m3::decode_small(cell + pair * 64);
+    }
+};
+
+// Found by trying: one or two rows wait for the memory alone, and read at its rate from two cells on; more rows are
+// fastest at half a cell.
+static inline int lines_ahead(int rows) { return rows <= 2 ? 2 * kPairsPerBlock : kPairsPerBlock / 2; }
 
 template <int kRows, int kParts, class Lines>
 static inline void multiply_rows(const Lines& lines, const uint16_t* x, const float* scales, bool first, float* sums) {
@@ -105,28 +110,27 @@ static inline void multiply_few(int rows, const Lines& lines, const uint16_t* x,
 
 template <int kParts, class Finish>
 static inline void multiply(const Panels& panels, const uint16_t* x, int rows, Scratch& scratch, Finish&& finish) {
-    const float ones[2] = {1, 1};
     const Matrix& matrix = panels.matrix;
     const int blocks = matrix.blocks();
+    const int passes = (rows + kRowsAtOnce - 1) / kRowsAtOnce, rows_of_pass = (rows + passes - 1) / passes;
     for (int panel = panels.begin; panel < panels.end; ++panel) {
         for (int block = 0; block < blocks; ++block) {
             const size_t index = size_t(panel) * blocks + block;
-            const float* scales = matrix.kind == kFp8 ? matrix.scales + index * 2 : ones;
-            const uint16_t* activations = x + size_t(block) * rows * kParts * kBlockColumns;
-            if (matrix.kind == kFp8 && rows <= kRowsAtOnce) {
-                const DecodedLines lines{matrix.cells + index * matrix.cell_bytes(), matrix.uncovered[index]};
-                multiply_few<kParts>(rows, lines, activations, scales, !block, scratch.sums);
-                continue;
+            const uint8_t* cell = matrix.cells + index * matrix.cell_bytes();
+            float scales[2] = {1, 1};
+            if (matrix.kind == kFp8)
+                for (int half = 0; half < 2; ++half) scales[half] = matrix.scales[index * 2 + half] * e4m3::kSmallTimes;
+            for (int row = 0; row < rows; row += rows_of_pass) {
+                const int count = rows - row < rows_of_pass ? rows - row : rows_of_pass;
+                const int ahead = row ? 0 : lines_ahead(rows);
+                const uint16_t* activations = x + (size_t(block) * rows + row) * kParts * kBlockColumns;
+                float* sums = scratch.sums + row * kPanelRows;
+                if (matrix.kind == kFp8)
+                    multiply_few<kParts>(count, DecodedLines{cell, ahead, matrix.uncovered[index]}, activations, scales,
+                                         !block, sums);
+                else
+                    multiply_few<kParts>(count, StoredLines{cell, ahead}, activations, scales, !block, sums);
             }
-            const bool last = panel + 1 == panels.end && block + 1 == blocks;
-            const uint8_t* next = last ? panels.after : matrix.cells + (index + 1) * matrix.cell_bytes();
-            if (next)
-                for (size_t i = 0; i < matrix.cell_bytes(); i += 64) __builtin_prefetch(next + i, 0, 2);
-            const StoredLines lines{decode(matrix, index, scratch.cells[0])};
-            for (int row = 0; row < rows; row += kRowsAtOnce)
-                multiply_few<kParts>(rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce, lines,
-                                     activations + row * kParts * kBlockColumns, scales, !block,
-                                     scratch.sums + row * kPanelRows);
         }
         for (int row = 0; row < rows; ++row) finish(panel, row, scratch.sums + row * kPanelRows);
     }
@@ -134,17 +138,19 @@ static inline void multiply(const Panels& panels, const uint16_t* x, int rows, S
 
 static void gate_up(const Panels& panels, const void* packed, int rows, void* inner, Scratch& scratch) {
     uint16_t* to = static_cast<uint16_t*>(inner);
-    const int columns = panels.matrix.rows, padded = round_up(columns, kBlockColumns);
+    const int columns = panels.matrix.rows, padded = round_up(columns, kBlockColumns), parts = inner_parts(columns);
     multiply<1>(
         panels, static_cast<const uint16_t*>(packed), rows, scratch, [&](int panel, int row, const float* sums) {
-            const int column = panel * kHalfRows;
-            const auto at = [&](int c) {
-                return to + (size_t(c / kBlockColumns) * rows + row) * 2 * kBlockColumns + c % kBlockColumns;
+            const int column = panel * kHalfRows, left = columns - column;
+            const auto at = [&](int c, int part) {
+                return to + ((size_t(c / kBlockColumns) * rows + row) * parts + part) * kBlockColumns +
+                       c % kBlockColumns;
             };
-            avx512::finish_swiglu(sums, sums + kHalfRows, columns - column < kHalfRows ? columns - column : kHalfRows,
-                                  at(column), at(column) + kBlockColumns);
-            if (column + kHalfRows >= columns)
-                for (int c = column + kHalfRows; c < padded; ++c) at(c)[0] = at(c)[kBlockColumns] = 0;
+            avx512::finish_swiglu(sums, sums + kHalfRows, left < kHalfRows ? left : kHalfRows, at(column, 0),
+                                  parts == 2 ? at(column, 1) : nullptr);
+            if (left <= kHalfRows)
+                for (int c = column + kHalfRows; c < padded; ++c)
+                    for (int part = 0; part < parts; ++part) *at(c, part) = 0;
         });
 }
 
@@ -157,6 +163,10 @@ static void project(const Panels& panels, const void* packed, int rows, const Ou
                      });
 }
 
-static const Engine kEngine{"bf16", packed_bytes, pack, gate_up, project<1>, inner_bytes, project<2>, nullptr};
+static void project_inner(const Panels& panels, const void* inner, int rows, const Output& output, Scratch& scratch) {
+    (inner_parts(panels.matrix.columns) == 2 ? project<2> : project<1>)(panels, inner, rows, output, scratch);
+}
+
+static const Engine kEngine{"bf16", packed_bytes, pack, gate_up, project<1>, inner_bytes, project_inner, nullptr};
 
 }  // namespace shoal::avx512_bf16

@@ -4,8 +4,9 @@
 // engine lets that order depend on the other rows, on the panels of the call or on the thread.
 //
 // Inner activations (what SwiGLU makes) are kept in two bf16 parts, the rounded value and what rounding left, by
-// engines that multiply bf16. Rounded to one part they alone would be 1.6e-3 off (root mean square), whatever the
-// sizes. The second part costs 2 % of the time at one row of each expert, 7 % at 16 and 16 % at 64.
+// engines that multiply bf16 and can afford it. Rounded to one part, as models in bf16 do it, they alone make a result
+// 1.6e-3 off (root mean square), whatever the sizes. With AMX the second part costs 2 % of the time at one row of each
+// expert, 7 % at 16 and 16 % at 64, and is always kept; see inner_parts in avx512_bf16.h for what has no tiles.
 #pragma once
 #include "matrix.h"
 

@@ -59,14 +59,14 @@ inline uint16_t to_bf16(float value) {
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// e4m3 byte -> bf16, exact for every byte.
+// e4m3 byte, times a power of two -> bf16, exact for every byte.
 struct Bf16Table {
     uint16_t of[256];
     uint8_t high[128], low[128];  // of magnitudes
-    Bf16Table() {
+    explicit Bf16Table(float times = 1) {
         for (int code = 0; code < 256; ++code) {
             const int exponent = code >> 3 & 15, mantissa = code & 7;
-            float magnitude = float(exponent ? mantissa + 8 : mantissa) / 512;  // of exponent 1 or 0
+            float magnitude = times * float(exponent ? mantissa + 8 : mantissa) / 512;  // of exponent 1 or 0
             for (int i = 1; i < exponent; ++i) magnitude *= 2;
             uint16_t bits = uint16_t(float_bits(magnitude) >> 16);
             if ((code & 127) == 127) bits = 0x7fc0;
