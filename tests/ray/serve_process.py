@@ -19,6 +19,9 @@ from tests.free_ports import find_free_ports
 
 START_TIMEOUT_S = 90.0
 ADMIN_TOKEN = "token of the tests"
+# One for all, as each reads the certificates of the system anew, 30 ms of processor. Every request has a connection of
+# its own nevertheless: what is tested is whether new ones are served.
+CLIENT = httpx.Client(trust_env=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
 
 class ServeProcess:
@@ -68,7 +71,7 @@ class ServeProcess:
 
     def fetch_status(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-        response = httpx.get(f"{self.admin_url}/status", headers=headers, timeout=10, trust_env=False)
+        response = CLIENT.get(f"{self.admin_url}/status", headers=headers, timeout=10)
         response.raise_for_status()
         return response.json()
 
@@ -99,7 +102,7 @@ def get_replica(status: dict[str, Any], group_name: str) -> dict[str, Any]:
 def stream_chat(url: str, max_tokens: int, timeout_s: float = 60.0) -> Iterator[str]:
     """Pieces of a greedy answer of exactly max_tokens tokens, as they come."""
     body = {
-        "model": httpx.get(f"{url}/v1/models", timeout=10, trust_env=False).json()["data"][0]["id"],
+        "model": CLIENT.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"],
         "messages": [{"role": "user", "content": "def read_lines(path):"}],
         "max_tokens": max_tokens,
         "temperature": 0,
@@ -107,7 +110,7 @@ def stream_chat(url: str, max_tokens: int, timeout_s: float = 60.0) -> Iterator[
         "stream": True,
     }
     is_done = False
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=timeout_s, trust_env=False) as response:
+    with CLIENT.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=timeout_s) as response:
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             if line == "data: [DONE]":
