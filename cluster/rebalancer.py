@@ -22,16 +22,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cluster.layer_placement import BoolArray, FloatArray, LayerPlacement
+
 # A layer below this imbalance is left alone: weights are not moved for a few per cent.
 LEAVE_ALONE = 1.10
 # And one above it is brought down to this, so that the next drift does not start it again.
 TARGET = 1.05
-# How much less a step is worth that spreads a gate group over one more expert group: tokens choose whole gate groups
-# (n_group, topk_group), so each such step may cost a frame.
-LOCALITY_DISCOUNT = 0.25
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
+# How often layers are gone over: what one leaves of memory may serve another.
+MAX_PASSES = 3
 
 
 class GroupCapacity(NamedTuple):
@@ -40,16 +38,6 @@ class GroupCapacity(NamedTuple):
     name: str
     speed: float
     max_copies: int
-
-
-class Step(NamedTuple):
-    """One copy that is loaded by group target; from source it is released (a move) or kept there (another copy)."""
-
-    layer: int
-    expert: int
-    source: int
-    target: int
-    is_move: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +82,33 @@ def rebalance(
     rooms = np.array([group.max_copies for group in groups]) - placement.sum(axis=(1, 2))
     extra_left = int(extra_share * load.size) - (int(placement.sum()) - load.size)
     result = placement.copy()
-    # The worst layers first: they have the first call on memory.
-    order = sorted(range(num_layers), key=lambda layer: -_compute_excess(load[layer], placement[:, layer], speeds))
-    for position, layer in enumerate(order):
-        state = _Layer(load[layer].astype(np.float64), result[:, layer], speeds, rooms, n_group)
-        if load[layer].sum() == 0 or state.compute_imbalance() <= LEAVE_ALONE:
-            continue
-        extra_left += state.drop_needless()
-        # An equal part for each layer still to come, and what the others left.
-        budget = max(0, -(-extra_left // (num_layers - position)))
-        spent = state.improve(max_extra=max(budget, min(extra_left, int(extra_share * num_experts))))
-        extra_left -= spent
+    layers = {
+        index: LayerPlacement(load[index].astype(np.float64), result[:, index], speeds, rooms, n_group)
+        for index in range(num_layers)
+        if load[index].any()
+    }
+    uneven = {index: layer for index, layer in layers.items() if layer.compute_imbalance() > LEAVE_ALONE}
+    extra_left += sum(layer.drop_needless() for layer in uneven.values())
+    for _ in range(MAX_PASSES):
+        # The worst layers first: they have the first call on memory.
+        order = sorted(uneven, key=lambda index: (-_compute_excess(load[index], result[:, index], speeds), index))
+        for position, index in enumerate(order):
+            # An equal part for each layer still to come, and what the others left.
+            budget = max(0, -(-extra_left // (len(order) - position)))
+            most = max(budget, min(extra_left, int(extra_share * num_experts)))
+            extra_left -= uneven[index].improve(TARGET, max_extra=most)
+            extra_left += uneven[index].undo_needless(TARGET)
+        uneven = {index: uneven[index] for index in order if uneven[index].compute_imbalance() > TARGET}
+        if not uneven:
+            break
+    before, after = (compute_balance(load, speeds, each) for each in (placement, result))
+    if after.imbalance >= before.imbalance:
+        # What was released as needless was not, in so little memory.
+        result, after = placement.copy(), before
     return Rebalancing(
         placement=result,
-        before=compute_balance(load, speeds, placement),
-        after=compute_balance(load, speeds, result),
+        before=before,
+        after=after,
         loaded=int((result & ~placement).sum()),
         released=int((placement & ~result).sum()),
     )
@@ -144,102 +144,6 @@ def compute_balance(load: npt.NDArray[np.int64], speeds: FloatArray, placement: 
         max_over_mean=float(times.sum(axis=1).max() / ideal.sum()),
         copies=int(placement.sum()),
     )
-
-
-class _Layer:
-    """One layer while it is improved. hosted [num_groups, n_routed_experts] and rooms [num_groups] are changed in
-    place: they are views of the whole."""
-
-    def __init__(
-        self, load: FloatArray, hosted: BoolArray, speeds: FloatArray, rooms: npt.NDArray[np.int64], n_group: int
-    ) -> None:
-        self._load = load
-        self._hosted = hosted
-        self._speeds = speeds
-        self._rooms = rooms
-        self._gate_groups = np.arange(len(load)) * n_group // len(load)
-        self._ideal = load.sum() / speeds.sum()
-
-    def compute_imbalance(self) -> float:
-        return float((self._compute_loads() / self._speeds).max() / self._ideal)
-
-    def drop_needless(self) -> int:
-        """Release copies of experts that are not hot any more, each from its most loaded host. Returns how many."""
-        dropped = 0
-        hot_above = 2 * self._load.mean()
-        for expert in np.nonzero((self._hosted.sum(axis=0) > 1) & (self._load <= hot_above))[0]:
-            while self._hosted[:, expert].sum() > 1:
-                hosts = np.nonzero(self._hosted[:, expert])[0]
-                times = self._compute_loads()[hosts] / self._speeds[hosts]
-                self._release(int(hosts[times.argmax()]), int(expert))
-                dropped += 1
-        return dropped
-
-    def improve(self, max_extra: int) -> int:
-        """Take the best step again and again until the layer is even. Returns the extra copies spent."""
-        spent = 0
-        # Each step lowers the sum of squares, so it ends; the bound is for the eye.
-        for _ in range(4 * len(self._load)):
-            if self.compute_imbalance() <= TARGET:
-                break
-            step = self._find_step(may_copy=spent < max_extra)
-            if step is None:
-                break
-            expert, source, target, is_move = step
-            self._hosted[target, expert] = True
-            self._rooms[target] -= 1
-            if is_move:
-                self._release(source, expert)
-            else:
-                spent += 1
-        return spent
-
-    def _find_step(self, may_copy: bool) -> tuple[int, int, int, bool] | None:
-        """The step away from the most loaded group that lowers sum(load^2 / speed) most: (expert, source, target,
-        is_move). None if none lowers it."""
-        loads = self._compute_loads()
-        source = int((loads / self._speeds).argmax())
-        experts = np.nonzero(self._hosted[source])[0]
-        num_copies = self._hosted[:, experts].sum(axis=0)
-        share = self._load[experts] / num_copies  # [num_candidates]
-        # Change of sum(load^2 / speed) when a group gains x: (2 * load * x + x^2) / speed.
-        gain = (2 * loads[:, None] * share + share**2) / self._speeds[:, None]  # [num_groups, num_candidates]
-        move = gain + (share**2 - 2 * loads[source] * share) / self._speeds[source]
-        reduced = self._load[experts] / (num_copies + 1)
-        relief = share - reduced  # what every host of it loses to another copy
-        hosts = self._hosted[:, experts]
-        lost = hosts * (relief**2 - 2 * loads[:, None] * relief) / self._speeds[:, None]
-        copy = (2 * loads[:, None] * reduced + reduced**2) / self._speeds[:, None] + lost.sum(axis=0)
-        forbidden = hosts | (self._rooms[:, None] <= 0)
-        is_apart = ~self._find_siblings(experts)
-        best: tuple[float, int, int, bool] | None = None
-        for change, is_move in ((move, True), (copy, False)):
-            if not is_move and not may_copy:
-                continue
-            worth = np.where(forbidden, 0.0, change * np.where(is_apart, 1 - LOCALITY_DISCOUNT, 1.0))
-            target, candidate = np.unravel_index(int(worth.argmin()), worth.shape)
-            value = float(worth[target, candidate])
-            if value < -1e-9 * self._ideal**2 and (best is None or value < best[0]):
-                best = value, int(experts[candidate]), int(target), is_move
-        if best is None:
-            return None
-        return best[1], source, best[2], best[3]
-
-    def _find_siblings(self, experts: npt.NDArray[np.int64]) -> BoolArray:
-        """[num_groups, num_candidates]: whether the group hosts an expert of the candidate's gate group already."""
-        num_gate_groups = int(self._gate_groups[-1]) + 1
-        present = np.zeros((len(self._speeds), num_gate_groups), dtype=bool)
-        for gate_group in range(num_gate_groups):
-            present[:, gate_group] = self._hosted[:, self._gate_groups == gate_group].any(axis=1)
-        return present[:, self._gate_groups[experts]]
-
-    def _compute_loads(self) -> FloatArray:
-        """[num_groups]"""
-        return self._hosted @ (self._load / np.maximum(1, self._hosted.sum(axis=0)))
-
-    def _release(self, group: int, expert: int) -> None:
-        self._hosted[group, expert] = False
-        self._rooms[group] += 1
 
 
 def _compute_excess(load: npt.NDArray[np.int64], hosted: BoolArray, speeds: FloatArray) -> float:
