@@ -41,6 +41,9 @@ _OWN_RAY_ENV = {
     # With the default, drivers and actors end 60 s after Ray's control service did: a dead head would stop serving.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Ray Serve's proxy is killed if it is not up after this, three times; by default 5 s, which is little on a machine
+    # where all actors start at once.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # By default workers run at nice 15, behind everything else on the machine; ours are what it is for.
     "RAY_worker_niceness": "0",
 }
