@@ -16,17 +16,17 @@ class StreamLoad:
     def __init__(self, url: str, num_streams: int, max_tokens: int) -> None:
         self.texts: list[str] = []
         self.failures: list[str] = []
-        # Between two pieces of one stream, since take_longest_gap().
-        self.longest_gap_s = 0.0
+        # Between two pieces of one stream, in seconds, since take_gaps().
+        self._gaps: list[float] = []
         self._url = url
         self._max_tokens = max_tokens
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_streams)]
 
-    def take_longest_gap(self) -> float:
-        """In seconds, since the last call."""
-        longest_s, self.longest_gap_s = self.longest_gap_s, 0.0
-        return longest_s
+    def take_gaps(self) -> list[float]:
+        """Between two pieces of one stream, in seconds, of all streams since the last call."""
+        gaps, self._gaps = self._gaps, []
+        return gaps
 
     def __enter__(self) -> StreamLoad:
         for thread in self._threads:
@@ -54,6 +54,6 @@ class StreamLoad:
         for piece in stream_chat(self._url, self._max_tokens):
             now_s = time.monotonic()
             if last_s is not None:
-                self.longest_gap_s = max(self.longest_gap_s, now_s - last_s)
+                self._gaps.append(now_s - last_s)
             text, last_s = text + piece, now_s
         return text
