@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 # Up to so many pairs a plan in plain Python takes less time than numpy's calls.
 _FEW_PAIRS = 32
-# Fibonacci hashing: 2^32 divided by the golden ratio (Knuth, The Art of Computer Programming 3, section 6.4).
-_MIXER = np.uint32(2654435769)
+# The multipliers with which MurmurHash3 ends (fmix32): every bit of 32 comes to depend on every other.
+_MIXERS = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
 
 class GroupFrame(NamedTuple):
@@ -108,12 +108,15 @@ def plan_frames(
 def compute_turns(topk_weights: npt.NDArray[np.float32], num_turns: int) -> npt.NDArray[np.int64] | None:
     """[num_tokens]: which turn each row takes, by a hash of its weights; None where there is only one.
 
-    num_turns: a power of two. scatter.h computes the same.
+    Each weight is mixed before they are added up: a gate makes its weights add up to the same number for every row, and
+    mostly the sum of their bits as well. num_turns: a power of two. scatter.h computes the same.
     """
     if num_turns == 1:
         return None
-    mixed = np.ascontiguousarray(topk_weights).view(np.uint32).sum(axis=1, dtype=np.uint32) * _MIXER
-    return (mixed >> np.uint32(33 - num_turns.bit_length())).astype(np.int64)
+    bits = np.ascontiguousarray(topk_weights).view(np.uint32)
+    bits = (bits ^ bits >> np.uint32(16)) * _MIXERS[0]
+    bits = (bits ^ bits >> np.uint32(13)) * _MIXERS[1]
+    return (bits.sum(axis=1, dtype=np.uint32) >> np.uint32(33 - num_turns.bit_length())).astype(np.int64)
 
 
 def _plan_few_frames(

@@ -169,10 +169,12 @@ def test_a_plan_of_few_rows_is_the_plan_of_many(num_tokens: int, monkeypatch: py
 
 def test_rows_take_turns_with_the_hosts_of_an_expert_and_each_row_always_the_same() -> None:
     generator = np.random.default_rng(3)
-    weights = generator.random((600, 2)).astype(np.float32)
-    topk_ids = np.tile(np.array([[0, 1]]), (600, 1))
-    # Expert 0 is hosted by groups 0, 1 and 2, expert 1 by group 3.
-    expert_groups = np.array([[turn % 3, 3] for turn in range(16)])
+    # As a gate makes them: all rows have the same sum, and here all weights the same exponent, too.
+    weights = (0.6 + 0.05 * generator.random((600, 4))).astype(np.float32)
+    weights *= 2.5 / weights.sum(axis=1, keepdims=True)
+    topk_ids = np.tile(np.arange(4), (600, 1))
+    # Expert 0 is hosted by groups 0, 1 and 2, the others by group 3.
+    expert_groups = np.array([[turn % 3, 3, 3, 3] for turn in range(16)])
     frames = plan_frames(topk_ids, weights, expert_groups)
     rows = [set(frame.row_ids.tolist()) for frame in frames[:3]]
     assert sum(map(len, rows)) == 600 and min(map(len, rows)) > 150

@@ -205,9 +205,10 @@ class Scatter {
         for (int i = 0; i < r.top_k; ++i) {
             uint32_t bits;
             std::memcpy(&bits, r.topk_weights + int64_t(row) * r.top_k + i, sizeof bits);
-            sum += bits;
+            bits = (bits ^ bits >> 16) * 0x85ebca6bu;
+            sum += (bits ^ bits >> 13) * 0xc2b2ae35u;
         }
-        return int64_t(uint64_t(sum * 2654435769u) * uint64_t(r.num_turns) >> 32);
+        return int64_t(uint64_t(sum) * uint64_t(r.num_turns) >> 32);
     }
 
     bool encode(Part& part) {
