@@ -30,12 +30,21 @@ _MAX_CONCURRENCY = 4
 _CALL_TIMEOUT_S = 5.0
 
 
+def _read_available_bytes() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 class ActorFactory:
     """Makes actors for one spec. Their names are the ids of the spec."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         self._spec = spec
         self._spec_json = spec.to_json()
+
+    def for_spec(self, spec: ClusterSpec) -> ActorFactory:
+        return ActorFactory(spec)
 
     def create_replica(self, replica_id: str, node_id: str | None = None) -> Any:
         """node_id: the node it lives and ends with; None: Ray spreads."""
@@ -62,6 +71,25 @@ class ActorFactory:
         if self._spec.on_pods:
             return frozenset()
         return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+    def measure_available(self) -> dict[str, int]:
+        """Bytes of memory that are available on each node that lives, by Ray's id. Raises StoreUnavailable."""
+        home_id = ray.get_runtime_context().get_node_id()
+        if self._spec.own_ray:
+            return {home_id: _read_available_bytes()}
+        measure = ray.remote(num_cpus=0)(_read_available_bytes)
+        node_ids = sorted(self.list_nodes(), key=lambda node_id: (node_id != home_id, node_id))
+        try:
+            answers = [
+                measure.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
+                for node_id in node_ids
+            ]
+            return dict(zip(node_ids, ray.get(answers, timeout=_CALL_TIMEOUT_S), strict=True))
+        except (RayError, TimeoutError) as error:
+            raise StoreUnavailable(f"a node does not say what memory it has: {type(error).__name__}") from error
+
+    def count_free_gpus(self) -> float:
+        return float(ray.available_resources().get("GPU", 0.0)) if self._spec.gpus_per_actor else 0.0
 
     def drain_replica(self, replica_id: str, grace_s: float) -> None:
         """Let a replica finish its frames; blocks for at most grace_s and a little. One that is gone has none."""

@@ -20,7 +20,7 @@ from cluster.desired_state import begin, desired_from_json
 from cluster.hosting import find_start_hosting, ranges_from_json
 from cluster.publisher import Publisher
 from cluster.record_store import RayRecordStore, RecordStore
-from cluster.records import DESIRED_KEY, TABLE_KEY, ReplicaRecord, RouterRecord, replica_key, router_key
+from cluster.records import ReplicaRecord, RouterRecord, desired_key, replica_key, router_key, table_key
 from cluster.spec import ClusterSpec, spec_from_json
 from cluster.stored_table import memory_from_json
 from experts.expert_range import ExpertRange
@@ -49,6 +49,7 @@ class ExpertReplica:
             actor_id=replica_id,
             node=_get_node_name(spec),
             node_id=_get_node_id(),
+            weights_version=spec.weights_version,
             group_name=group.name,
             hosted=_find_hosted(spec, store, group.name),
             weight_digest="",
@@ -147,6 +148,7 @@ class Router:
             actor_id=router_id,
             node=_get_node_name(spec),
             node_id=_get_node_id(),
+            weights_version=spec.weights_version,
         )
         publisher.wait_turn()
         try:
@@ -162,6 +164,7 @@ class Router:
                 RouterConfig(
                     checkpoint=spec.checkpoint,
                     router_id=router_id,
+                    weights_version=spec.weights_version,
                     host=_get_listen_host(spec),
                     dtype=getattr(torch, spec.dtype),
                     wire_format=WireFormat(spec.router.wire_dtype),
@@ -199,7 +202,7 @@ class Router:
 
 def _find_hosted(spec: ClusterSpec, store: RecordStore, group_name: str) -> tuple[ExpertRange, ...]:
     """What the controller wants a replica of the group to begin with. Raises StoreUnavailable or BadRecord."""
-    desired, table = store.get(DESIRED_KEY), store.get(TABLE_KEY)
+    desired, table = store.get(desired_key(spec.weights_version)), store.get(table_key(spec.weights_version))
     return find_start_hosting(
         group_name,
         begin(spec) if desired is None else desired_from_json(desired),
@@ -209,7 +212,7 @@ def _find_hosted(spec: ClusterSpec, store: RecordStore, group_name: str) -> tupl
 
 def _find_peer(spec: ClusterSpec, store: RecordStore, group_name: str) -> str | None:
     """The address of a replica that serves what one of the group begins with; None: the disk is to be read."""
-    data = store.get(TABLE_KEY) if spec.load_from == "peer" else None
+    data = store.get(table_key(spec.weights_version)) if spec.load_from == "peer" else None
     entry = None if data is None else memory_from_json(data).table.group(group_name)
     return None if entry is None or not entry.replicas else entry.replicas[0].endpoint
 

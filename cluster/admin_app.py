@@ -26,6 +26,10 @@ MAX_BODY_BYTES = 1 << 20
 MAX_DRAIN_TIMEOUT_S = 86_400.0
 MAX_NAME_CHARACTERS = 256
 MAX_EXTRA_SHARE = 10.0
+MAX_PATH_CHARACTERS = 4096
+# Until everything of a new checkpoint is loaded, and for answers that were begun before.
+DEFAULT_UPGRADE_TIMEOUT_S = 3600.0
+DEFAULT_UPGRADE_DRAIN_S = 3600.0
 
 
 class Administered(Protocol):
@@ -52,6 +56,12 @@ class Administered(Protocol):
     async def replace_replica(self, replica_id: str) -> int: ...
 
     async def restart_groups(self, names: Sequence[str]) -> int: ...
+
+    async def upgrade(self, checkpoint: str, timeout_s: float, drain_timeout_s: float) -> dict[str, Any]: ...
+
+    async def abort_upgrade(self) -> dict[str, Any] | None: ...
+
+    def get_upgrade_view(self) -> dict[str, Any] | None: ...
 
     async def drain(self, timeout_s: float) -> int: ...
 
@@ -114,6 +124,19 @@ def create_admin_app(controller: Administered, token_hash: str, viewer_hash: str
         version = await controller.restart_groups(_read_names(await _read_object(request), "groups"))
         return JSONResponse({"desired_version": version})
 
+    async def upgrade(request: Request) -> Response:
+        document = await _read_object(request)
+        timeout_s = _read_number(document, "timeout_s", DEFAULT_UPGRADE_TIMEOUT_S, MAX_DRAIN_TIMEOUT_S)
+        drain_timeout_s = _read_number(document, "drain_timeout_s", DEFAULT_UPGRADE_DRAIN_S, MAX_DRAIN_TIMEOUT_S)
+        checkpoint = _read_text(document, "checkpoint", MAX_PATH_CHARACTERS)
+        return JSONResponse({"upgrade": await controller.upgrade(checkpoint, timeout_s, drain_timeout_s)})
+
+    async def abort_upgrade(_: Request) -> Response:
+        return JSONResponse({"upgrade": await controller.abort_upgrade()})
+
+    async def upgrade_view(_: Request) -> Response:
+        return JSONResponse({"upgrade": controller.get_upgrade_view()})
+
     app = Starlette(
         routes=[
             Route("/status", status, methods=["GET"]),
@@ -127,6 +150,9 @@ def create_admin_app(controller: Administered, token_hash: str, viewer_hash: str
             Route("/scale", scale, methods=["POST"]),
             Route("/replicas/drain", drain_replica, methods=["POST"]),
             Route("/restart", restart, methods=["POST"]),
+            Route("/upgrade", upgrade, methods=["POST"]),
+            Route("/upgrade", upgrade_view, methods=["GET"]),
+            Route("/upgrade/abort", abort_upgrade, methods=["POST"]),
             Route("/drain", drain, methods=["POST"]),
         ],
         exception_handlers={
@@ -223,10 +249,10 @@ def _read_flag(document: dict[str, Any], name: str) -> bool:
     return value
 
 
-def _read_text(document: dict[str, Any], name: str) -> str:
+def _read_text(document: dict[str, Any], name: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
     value = document.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME_CHARACTERS:
-        raise HTTPException(400, f"{name} must be a text of 1 to {MAX_NAME_CHARACTERS} characters")
+    if not isinstance(value, str) or not 0 < len(value) <= max_characters:
+        raise HTTPException(400, f"{name} must be a text of 1 to {max_characters} characters")
     return value
 
 

@@ -81,6 +81,38 @@ class AdminClient:
         """Have every replica of these groups replaced, of all if none is named, one at a time."""
         return self._change("/restart", {"groups": list(group_names)})
 
+    def upgrade(self, checkpoint: str, timeout_s: float, drain_timeout_s: float) -> dict[str, Any]:
+        """Begin to serve another checkpoint in place of this one. Returns the upgrade."""
+        body = {"checkpoint": checkpoint, "timeout_s": timeout_s, "drain_timeout_s": drain_timeout_s}
+        return self._request("POST", "/upgrade", body, PLAN_TIMEOUT_S)["upgrade"]
+
+    def abort_upgrade(self) -> dict[str, Any]:
+        return self._request("POST", "/upgrade/abort", {}, CALL_TIMEOUT_S)["upgrade"]
+
+    def wait_upgraded(self, weights_version: int, timeout_s: float) -> dict[str, Any]:
+        """Wait until nothing of the old checkpoint is left. Raises RequestFailed with the reason if the new one could
+        not be served, or when the time is over."""
+        deadline_s = time.monotonic() + timeout_s
+        state = "not known"
+        while True:
+            try:
+                upgrade = self._request("GET", "/upgrade", None, CALL_TIMEOUT_S)["upgrade"]
+            except RequestFailed as error:
+                state = str(error)
+            else:
+                if upgrade is None or upgrade["to"]["weights_version"] != weights_version:
+                    raise RequestFailed("another upgrade was begun meanwhile; `shoal events` tells why")
+                if upgrade["phase"] == "failed":
+                    raise RequestFailed(f"the old checkpoint goes on serving: {upgrade['reason']}")
+                if upgrade["phase"] == "done":
+                    return upgrade
+                state = f"{upgrade['phase']}, waiting for {upgrade['waits_for']}"
+            if time.monotonic() >= deadline_s:
+                raise RequestFailed(
+                    f"not done after {timeout_s:g} s, and still {state}; it goes on without this command"
+                )
+            time.sleep(_WAIT_INTERVAL_S)
+
     def wait_settled(self, version: int, timeout_s: float) -> dict[str, Any]:
         """Wait until the cluster is as desired, by this version or a later one; returns its status.
 

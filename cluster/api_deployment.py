@@ -6,8 +6,13 @@ and not Serve's plain text.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.record_store import RecordStore
+from cluster.records import SPEC_KEY
+from cluster.spec import spec_from_json
 from router.api.settings import ApiSettings
 
 if TYPE_CHECKING:
@@ -35,7 +40,7 @@ def build_application(settings: ApiSettings) -> Application:
 
         store = RayRecordStore()
         cluster = None if settings.viewer_token is None else AdminSource(store, settings.viewer_token)
-        return create_app(settings, RecordedEndpoints(store), cluster)
+        return create_app(follow_upgrade(settings, store), RecordedEndpoints(store), cluster)
 
     deployment = serve.deployment(
         serve.ingress(build)(),
@@ -52,3 +57,11 @@ def build_application(settings: ApiSettings) -> Application:
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
     return deployment.bind()
+
+
+def follow_upgrade(settings: ApiSettings, store: RecordStore) -> ApiSettings:
+    """A front that is built after an upgrade reads the new checkpoint's files, which are the same, where the old folder
+    is gone. Raises StoreUnavailable or BadRecord."""
+    if settings.checkpoint.is_dir() or (data := store.get(SPEC_KEY)) is None:
+        return settings
+    return replace(settings, checkpoint=Path(spec_from_json(data).checkpoint))

@@ -129,6 +129,8 @@ def _run(options: argparse.Namespace) -> int:
             from cluster.scale_commands import run_drain as run
         case "restart":
             from cluster.scale_commands import run_restart as run
+        case "upgrade":
+            from cluster.upgrade_command import run
         case "plan":
             from cluster.plan_command import run
         case "rebalance":
@@ -204,6 +206,18 @@ def _add_scaling(commands: Any) -> None:
     restart.add_argument("groups", nargs="*", metavar="GROUP", help="default: every group")
     for parser in (scale, restart):
         parser.add_argument("--wait", action="store_true", help="until the cluster is as desired")
+    upgrade = commands.add_parser(
+        "upgrade", help="serve another checkpoint instead, group by group and without a pause"
+    )
+    upgrade.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="folder, on every node")
+    upgrade.add_argument("--abort", action="store_true", help="undo one that does not serve requests yet")
+    upgrade.add_argument("--wait", action="store_true", help="until nothing of the old checkpoint is left")
+    upgrade.add_argument(
+        "--timeout", type=float, default=3600.0, metavar="S", help="until it is loaded, else undone (default: 3600)"
+    )
+    upgrade.add_argument(
+        "--drain-timeout", type=float, default=3600.0, metavar="S", help="for answers begun before (default: 3600)"
+    )
     plan = commands.add_parser("plan", help="what the controller does now, what it waits for, and why")
     events = commands.add_parser("events", help="what happened to the cluster, and why")
     events.add_argument("--follow", "-f", action="store_true", help="go on until Ctrl-C")
@@ -214,7 +228,7 @@ def _add_scaling(commands: Any) -> None:
     )
     for parser in (scale, drain, restart, rebalance):
         parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest wait (default: 600)")
-    for parser in (scale, drain, restart, plan, events, rebalance):
+    for parser in (scale, drain, restart, upgrade, plan, events, rebalance):
         _add_url(parser)
         _add_json(parser)
 

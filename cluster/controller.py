@@ -24,8 +24,8 @@ from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
 from cluster.expert_load import build_expert_load
 from cluster.fleet import Fleet
-from cluster.fleet_follower import FleetFollower
-from cluster.hosting import Ranges, read_hosting
+from cluster.fleet_follower import FleetFollower, Followed
+from cluster.hosting import read_hosting
 from cluster.hosting_calls import HostingCalls
 from cluster.planner import (
     ActorState,
@@ -45,20 +45,27 @@ from cluster.planner import (
 from cluster.rebalance_view import Proposal, build_proposal, sum_pairs
 from cluster.record_store import RecordStore
 from cluster.records import (
-    DESIRED_KEY,
     EVENTS_KEY,
     REPLICA_PREFIX,
     ROUTER_PREFIX,
-    TABLE_KEY,
+    SPEC_KEY,
+    UPGRADE_KEY,
     ActorRecord,
     ReplicaRecord,
     RouterRecord,
+    desired_key,
     replica_key,
+    table_key,
 )
 from cluster.router_figures import read_figures
-from cluster.spec import ClusterSpec
+from cluster.spec import ClusterSpec, spec_from_json
 from cluster.status_view import build_plan_view, build_status
 from cluster.stored_table import memory_from_json, memory_to_json
+from cluster.track import Factory, Track
+from cluster.upgrade import narrow, plan_target, upgrade_from_json
+from cluster.upgrade_preflight import Room, check_candidate, check_room
+from cluster.upgrader import Upgrader
+from experts.errors import ExpertsError
 from experts.model_config import ModelConfig
 from experts.v1 import experts_pb2
 from router.expert_table import ExpertTable
@@ -80,24 +87,6 @@ _GOOD_REASON = "as it should be"
 
 T = TypeVar("T")
 RecordT = TypeVar("RecordT", bound=ActorRecord)
-
-
-class Factory(Protocol):
-    """Synchronous calls into Ray; they may block."""
-
-    def create_replica(self, replica_id: str, node_id: str | None) -> Any: ...
-
-    def create_router(self, router_id: str) -> Any: ...
-
-    def list_existing(self) -> frozenset[str]: ...
-
-    def list_nodes(self) -> frozenset[str]: ...
-
-    def drain_replica(self, replica_id: str, grace_s: float) -> None: ...
-
-    def host_experts(self, replica_id: str, hosted: Ranges, timeout_s: float) -> None: ...
-
-    def kill(self, name: str) -> None: ...
 
 
 class Prober(Protocol):
@@ -139,20 +128,18 @@ class ControllerLoop:
         fleet: Fleet | None = None,
         may_act: Callable[[], bool] = lambda: True,
     ) -> None:
-        """clock: seconds, monotonic. wall_clock: seconds since the epoch. fleet: the pods under the replicas; None
+        """spec: as the cluster began; what the store says of a later checkpoint goes before. clock: seconds, monotonic.
+        wall_clock: seconds since the epoch. fleet: the pods under the replicas; None
         where nodes stay as they are. may_act: False while another controller may be at work; no turn begins then."""
-        self._spec = spec
         self._may_act = may_act
         self._store = store
-        self._factory = factory
         self._prober = prober
         self._clock = clock
+        self._wall_clock = wall_clock
         self._store_calls = _CallThread("record store")
         self._ray_calls = _CallThread("ray")
-        self._desired = desired_state.begin(spec)
         self._change_lock = asyncio.Lock()
         self._events = EventLog(wall_clock)
-        self._memory: Memory | None = None
         self._observation = Observation(
             now_s=clock(),
             replicas={},
@@ -164,11 +151,9 @@ class ControllerLoop:
             drained=frozenset(),
             draining=False,
         )
-        self._plan: Plan | None = None
-        self._stored: Memory | None = None
+        # Of the weights that new requests are for; those beside them are the upgrader's.
+        self._track = Track(spec, factory, desired_state.begin(spec))
         self._listed_s: float | None = None
-        # The last start seen of each actor.
-        self._incarnations: dict[str, int] = {}
         self._rules = {
             group.name: rule for group in spec.groups if (rule := find_rule(group.name, spec.autoscale)) is not None
         }
@@ -177,9 +162,11 @@ class ControllerLoop:
         self._autoscaled_s: float | None = None
         self._drains: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._follower = (
-            None
-            if fleet is None
-            else FleetFollower(spec, fleet, self._events, self._change, prober.drain_router, self._kill_router)
+            None if fleet is None else FleetFollower(fleet, self._events, prober.drain_router, self._kill_router)
+        )
+        self._fleet = fleet
+        self._upgrader = Upgrader(
+            self._events, clock, wall_clock, self._put, self._delete, prober.drain_router, self._kill_router
         )
         self._hosting_calls = HostingCalls(factory, clock)
         self._balancer = Balancer(
@@ -213,31 +200,78 @@ class ControllerLoop:
             await asyncio.sleep(LOOP_INTERVAL_S)
 
     async def step(self) -> Plan:
-        """One turn: observe, plan, act."""
-        if self._memory is None:
-            self._memory = await self._load()
+        """One turn: observe, plan, act. Returns the plan for the weights that new requests are for."""
+        if self._track.memory is None:
+            await self._load()
         await self._observe()
-        plan = compute_plan(self._spec, self._desired, self._observation, self._memory)
-        await self._persist(plan.memory)
-        self._record_changes(plan)
-        self._memory = plan.memory
-        self._plan = plan
-        await self._act(plan)
-        if self._desired.rollout and plan.is_settled(replace(self._desired, rollout=())):
+        plan = await self._turn(self._track)
+        if (beside := self._upgrader.beside) is not None:
+            await self._turn(beside)
+        is_upgrading = self._upgrader.is_busy
+        if self._track.desired.rollout and plan.is_settled(replace(self._track.desired, rollout=())):
             await self._change(
                 lambda desired: desired_state.advance_rollout(desired, self._list_taken_ids()), "rolling replacement"
             )
-        await self._autoscale(plan)
+        if not is_upgrading:
+            await self._autoscale(plan)
         if self._follower is not None:
-            await self._follower.follow(lambda: self._desired, plan, self._observation)
+            await self._follower.follow(self._list_followed(), may_renew=not is_upgrading)
         if not self._observation.draining:
-            await self._balancer.turn(
-                read_hosting(self._desired, plan.table),
-                is_settled=plan.is_settled(self._desired),
-                refusal=self._hosting_calls.take_refusal(),
-            )
+            if not is_upgrading:
+                await self._balancer.turn(
+                    read_hosting(self._track.desired, plan.table),
+                    is_settled=plan.is_settled(self._track.desired),
+                    refusal=self._hosting_calls.take_refusal(),
+                )
+            self._track = await self._upgrader.turn(self._track, self._get_observation, self._list_working_routers())
         await self._store_events()
         return plan
+
+    async def _turn(self, track: Track) -> Plan:
+        observation = self._get_observation(track)
+        assert track.memory is not None  # _load and the upgrader have seen to it
+        plan = compute_plan(track.planned_spec, track.desired, observation, track.memory)
+        await self._persist(track, plan.memory)
+        self._record_changes(track, plan, observation)
+        track.memory = plan.memory
+        track.plan = plan
+        await self._act(track, plan)
+        return plan
+
+    def _get_observation(self, track: Track) -> Observation:
+        """What belongs to these weights."""
+        beside = self._upgrader.beside
+        if beside is None:
+            return self._observation
+        is_beside = track is beside
+        foreign_ids = None if is_beside else beside.own_ids
+        return narrow(self._observation, track.spec.weights_version, track.own_ids, foreign_ids)
+
+    def _list_working_routers(self) -> frozenset[str]:
+        """Routers that have sequences, or may have some, as they do not answer."""
+        details = self._prober.router_details()
+        working: set[str] = set()
+        for router_id, record in self._observation.routers.items():
+            target = router_id, record.incarnation
+            report, status = self._observation.router_reports.get(target), details.get(target)
+            if report is None or not report.reachable or status is None or status.num_running + status.num_waiting > 0:
+                working.add(router_id)
+        return frozenset(working)
+
+    def _list_followed(self) -> list[Followed]:
+        return [
+            Followed(
+                track,
+                self._get_observation(track),
+                lambda change, reason, track=track: self._change(change, reason, track),
+            )
+            for track in self._list_tracks()
+            if track.plan is not None
+        ]
+
+    def _list_tracks(self) -> list[Track]:
+        """That of the weights that new requests are for comes first."""
+        return [self._track] if self._upgrader.beside is None else [self._track, self._upgrader.beside]
 
     def get_status(self) -> dict[str, Any]:
         details = {
@@ -253,11 +287,34 @@ class ControllerLoop:
             for (router_id, _), status in self._prober.router_details().items()
         }
         loads = self._prober.replica_loads
-        status = build_status(self._spec, self._desired, self._observation, self._get_plan(), details, loads)
-        return {**status, "balancer_alarm": self._balancer.get_view()["alarm"]}
+
+        def describe(track: Track) -> dict[str, Any]:
+            return build_status(
+                track.planned_spec, track.desired, self._get_observation(track), self._get_plan(track), details, loads
+            )
+
+        status = describe(self._track)
+        return {
+            **status,
+            "settled": status["settled"] and not self._upgrader.is_busy,
+            "balancer_alarm": self._balancer.get_view()["alarm"],
+            "upgrade": self.get_upgrade_view(),
+            # The other weights' routers and groups, while there are any.
+            "beside": None if (beside := self._upgrader.beside) is None else describe(beside),
+        }
 
     def get_plan_view(self) -> dict[str, Any]:
-        return build_plan_view(self._desired, self._observation, self._get_plan(), self._decisions)
+        """Of both weights, while the cluster is upgraded."""
+        tracks = self._list_tracks()
+        views = [
+            build_plan_view(track.desired, self._get_observation(track), self._get_plan(track), self._decisions)
+            for track in tracks
+        ]
+        view = {**views[0], "settled": views[0]["settled"] and len(tracks) == 1}
+        return {**view, "steps": [step for each in views for step in each["steps"]]}
+
+    def get_upgrade_view(self) -> dict[str, Any] | None:
+        return self._upgrader.get_view()
 
     def get_events(self, after: int) -> list[dict[str, Any]]:
         """Events with a greater sequence number, oldest first."""
@@ -271,7 +328,7 @@ class ControllerLoop:
         """See build_expert_load; at most EXPERT_LOAD_AGE_S old."""
         async with self._expert_load_lock:
             if self._expert_load is None or self._clock() - self._expert_load_s > EXPERT_LOAD_AGE_S:
-                config = await asyncio.to_thread(ModelConfig.from_folder, Path(self._spec.checkpoint))
+                config = await asyncio.to_thread(ModelConfig.from_folder, Path(self._track.spec.checkpoint))
                 self._expert_load = build_expert_load(await self._prober.fetch_pairs(), config)
                 self._expert_load_s = self._clock()
             return self._expert_load
@@ -288,11 +345,13 @@ class ControllerLoop:
         return self._balancer.get_view()
 
     async def _propose_rebalancing(self, extra_share: float) -> Proposal:
-        config = await asyncio.to_thread(ModelConfig.from_folder, Path(self._spec.checkpoint))
+        config = await asyncio.to_thread(ModelConfig.from_folder, Path(self._track.spec.checkpoint))
         load = sum_pairs(await self._prober.fetch_pairs(), config)
-        hosted = read_hosting(self._desired, self._get_plan().table).published
+        hosted = read_hosting(self._track.desired, self._get_plan().table).published
         speeds = self._measure_speeds()
-        return await asyncio.to_thread(build_proposal, config, self._spec.groups, hosted, speeds, load, extra_share)
+        return await asyncio.to_thread(
+            build_proposal, config, self._track.spec.groups, hosted, speeds, load, extra_share
+        )
 
     def _measure_speeds(self) -> dict[str, float]:
         """Pairs per second of each group's ready replicas together, each taken as fast as its kind (numerics_id) is:
@@ -301,7 +360,7 @@ class ControllerLoop:
         plan = self._get_plan()
         kinds: dict[str, list[str]] = {}
         measured: dict[str, list[float]] = {}
-        for group in self._desired.groups:
+        for group in self._track.desired.groups:
             kinds[group.name] = [self._observation.replicas[id_].numerics_id for id_ in self._list_ready(plan, group)]
             for id_, load in self._list_loads(plan, group.member_ids).items():
                 if load.pairs_per_busy_s:
@@ -319,7 +378,7 @@ class ControllerLoop:
         return Throughput(
             {
                 group.name: sum(load.pairs_per_s for load in self._list_loads(plan, group.member_ids).values())
-                for group in self._desired.groups
+                for group in self._track.desired.groups
             }
         )
 
@@ -356,18 +415,73 @@ class ControllerLoop:
         self._observation = replace(self._observation, draining=True)
         return await self._prober.drain_routers(timeout_s)
 
-    async def _change(self, change: Callable[[DesiredState], DesiredState], reason: str) -> int:
-        """Store a new desired state, then act on it: a successor must know of it first."""
+    async def upgrade(self, checkpoint: str, timeout_s: float, drain_timeout_s: float) -> dict[str, Any]:
+        """Begin to serve another checkpoint beside this one, and then in its place. Returns the upgrade's view. Raises
+        as scale does."""
         async with self._change_lock:
-            if self._observation.draining:
-                raise ChangeRefused("the cluster is being stopped: nothing is changed any more")
-            if self._memory is None or self._observation.existing_ids is None:
-                raise StoreUnavailable("Ray's control service does not answer: nothing was changed, try again later")
-            before, after = self._desired, change(self._desired)
+            self._check_changeable()
+            track = self._track
+            if not self._get_plan(track).is_settled(track.desired):
+                raise ChangeRefused("a change is under way: `shoal plan` shows it; upgrade once it is done")
+            try:
+                before, after, report = await asyncio.to_thread(check_candidate, track.spec, Path(checkpoint))
+                target = plan_target(
+                    track.spec,
+                    checkpoint,
+                    before,
+                    after,
+                    self._list_taken_ids() | self._observation.routers.keys(),
+                    max(self._upgrader.last_version, track.spec.weights_version),
+                )
+            except ExpertsError as error:
+                raise ChangeRefused(str(error)) from error
+            occupied = {id_: record.node_id for id_, record in self._observation.replicas.items()}
+            check_room(track.spec, target, track.desired, occupied, report, await self._measure_room(track))
+            await self._upgrader.begin(track, target, timeout_s, drain_timeout_s)
+            view = self._upgrader.get_view()
+            assert view is not None
+            return view
+
+    async def abort_upgrade(self) -> dict[str, Any] | None:
+        """Raises ChangeRefused if it is too late."""
+        self._upgrader.abort()
+        return self._upgrader.get_view()
+
+    async def _measure_room(self, track: Track) -> Room:
+        if self._fleet is not None:
+            limits = self._fleet.get_limits()
+            if limits is None:
+                raise StoreUnavailable("the pods are not known yet: try again later")
+            counts = {group.name: len(group.member_ids) for group in track.desired.groups}
+            num_pods = {name: limits.max_pods.get(name, 0) - count for name, count in counts.items()}
+            return Room({}, num_pods=num_pods, num_router_pods=limits.max_router_pods - len(track.spec.router_ids))
+        return Room(
+            await self._ray_calls.call(track.factory.measure_available),
+            await self._ray_calls.call(track.factory.count_free_gpus),
+        )
+
+    def _check_changeable(self) -> None:
+        """Raises ChangeRefused or StoreUnavailable if nothing may be changed now."""
+        if self._observation.draining:
+            raise ChangeRefused("the cluster is being stopped: nothing is changed any more")
+        if self._track.memory is None or self._observation.existing_ids is None:
+            raise StoreUnavailable("Ray's control service does not answer: nothing was changed, try again later")
+        self._upgrader.refuse_if_busy()
+
+    async def _change(
+        self, change: Callable[[DesiredState], DesiredState], reason: str, track: Track | None = None
+    ) -> int:
+        """Store a new desired state, then act on it: a successor must know of it first. track: None: as somebody asked
+        for it; else on our own accord, also while the cluster is upgraded."""
+        async with self._change_lock:
+            if track is None:
+                self._check_changeable()
+                track = self._track
+            before, after = track.desired, change(track.desired)
             if after is before:
                 return before.version
-            await self._store_calls.call(lambda: self._store.put(DESIRED_KEY, after.to_json()))
-            self._desired = after
+            await self._put(desired_key(track.spec.weights_version), after.to_json())
+            track.desired = after
             for old, new in zip(before.groups, after.groups, strict=True):
                 if old.hosted != new.hosted:
                     self._events.add(f"group {new.name}", "rehost", reason)
@@ -379,21 +493,27 @@ class ControllerLoop:
             logger.info("desired state version=%d reason=%s", after.version, reason)
             return after.version
 
+    async def _put(self, key: bytes, value: bytes) -> None:
+        await self._store_calls.call(lambda: self._store.put(key, value))
+
+    async def _delete(self, key: bytes) -> None:
+        await self._store_calls.call(lambda: self._store.delete(key))
+
     async def _kill_router(self, router_id: str) -> None:
-        await self._ray_calls.call(functools.partial(self._factory.kill, router_id))
+        await self._ray_calls.call(functools.partial(self._track.factory.kill, router_id))
         self._note_existing(set(), {router_id})
 
     async def _autoscale(self, plan: Plan) -> None:
         """Judge every group that has a rule by its own load, once per AUTOSCALE_INTERVAL_S."""
         now_s = self._observation.now_s
         is_due = self._autoscaled_s is None or now_s - self._autoscaled_s >= AUTOSCALE_INTERVAL_S
-        if not self._rules or not is_due or self._desired.rollout or self._observation.existing_ids is None:
+        if not self._rules or not is_due or self._track.desired.rollout or self._observation.existing_ids is None:
             return
         self._autoscaled_s = now_s
-        counts = {group.name: len(group.member_ids) for group in self._desired.groups}
+        counts = {group.name: len(group.member_ids) for group in self._track.desired.groups}
         loads = {
             group.name: compute_group_load(list(self._list_loads(plan, group.member_ids).values()))
-            for group in self._desired.groups
+            for group in self._track.desired.groups
         }
         settled = {name: plan.is_group_ready(name, counts[name]) for name in counts}
         self._decisions = autoscaler.decide_all(self._rules, counts, settled, loads, self._group_memories, now_s)
@@ -402,7 +522,7 @@ class ControllerLoop:
         for decision in self._decisions:
             if decision.action == "keep":
                 self._group_memories[decision.group_name] = decision.memory
-            elif not self._spec.autoscale_dry_run:
+            elif not self._track.spec.autoscale_dry_run:
                 await self._scale_group(decision)
 
     async def _scale_group(self, decision: Decision) -> None:
@@ -435,28 +555,35 @@ class ControllerLoop:
             and status.state is ActorState.READY
         ]
 
-    def _get_plan(self) -> Plan:
-        return self._plan or compute_plan(self._spec, self._desired, self._observation, self._memory or Memory())
+    def _get_plan(self, track: Track | None = None) -> Plan:
+        """track: None: that of the weights that new requests are for."""
+        track = track or self._track
+        return track.plan or compute_plan(
+            track.planned_spec, track.desired, self._get_observation(track), track.memory or Memory()
+        )
 
     def _list_taken_ids(self) -> frozenset[str]:
-        return (self._observation.existing_ids or frozenset()) | self._observation.replicas.keys()
+        """Of actors and records, and of those that are still to be made."""
+        wanted = (id_ for track in self._list_tracks() for id_ in track.own_ids)
+        return (self._observation.existing_ids or frozenset()) | self._observation.replicas.keys() | frozenset(wanted)
 
-    async def _persist(self, memory: Memory) -> None:
+    async def _persist(self, track: Track, memory: Memory) -> None:
         """Keep table and digests for a successor, before they are pushed.
 
         With the store down they are pushed all the same: routers must hear of a dead replica, and a successor outbids
         whatever version they hold.
         """
-        if self._stored is not None and (memory.table, memory.digests) == (self._stored.table, self._stored.digests):
+        stored = track.stored
+        if stored is not None and (memory.table, memory.digests) == (stored.table, stored.digests):
             return
-        if self._memory is None or memory.table is not self._memory.table:
+        if track.memory is None or memory.table is not track.memory.table:
             self._events.add("expert table", "publish", f"version {memory.table.version}: {_describe(memory.table)}")
         try:
-            await self._store_calls.call(lambda: self._store.put(TABLE_KEY, memory_to_json(memory)))
+            await self._put(table_key(track.spec.weights_version), memory_to_json(memory))
         except StoreUnavailable:
             # The look at the records has said so; the next turn tries again.
             return
-        self._stored = memory
+        track.stored = memory
 
     async def _store_events(self) -> None:
         if self._events.is_stored:
@@ -468,26 +595,49 @@ class ControllerLoop:
             return
         self._events.is_stored = True
 
-    async def _load(self) -> Memory:
-        """What a predecessor left. Raises StoreUnavailable."""
-
-        async def fetch(key: bytes) -> bytes | None:
-            return await self._store_calls.call(lambda: self._store.get(key))
-
-        table, desired, events = await fetch(TABLE_KEY), await fetch(DESIRED_KEY), await fetch(EVENTS_KEY)
-        memory = Memory()
+    async def _load(self) -> None:
+        """Take over what a predecessor left. Raises StoreUnavailable."""
+        events, spec, upgrade = await self._fetch(EVENTS_KEY), await self._fetch(SPEC_KEY), None
         try:
             if events is not None:
                 self._events.restore(events)
                 self._events.add("controller", "start", "it goes on where another one ended")
+            if (stored := await self._fetch(UPGRADE_KEY)) is not None:
+                upgrade = upgrade_from_json(stored)
+            serving = [] if upgrade is None else [upgrade.serving]
+            serving += [] if spec is None else [spec_from_json(spec)]
+            for each in serving:
+                if each.weights_version > self._track.spec.weights_version:
+                    self._track = Track(each, self._track.factory.for_spec(each), desired_state.begin(each))
+        except BadRecord as error:
+            logger.warning("starting without what a predecessor left: %s", error)
+        await self._load_track(self._track)
+        if upgrade is not None:
+            beside = None
+            if upgrade.beside is not None:
+                factory = self._track.factory.for_spec(upgrade.beside)
+                beside = Track(upgrade.beside, factory, desired_state.begin(upgrade.beside))
+                await self._load_track(beside)
+            self._upgrader.restore(upgrade, beside)
+
+    async def _load_track(self, track: Track) -> None:
+        version = track.spec.weights_version
+        table, desired = await self._fetch(table_key(version)), await self._fetch(desired_key(version))
+        memory = Memory()
+        try:
             if desired is not None:
-                self._desired = desired_state.desired_from_json(desired)
+                track.desired = desired_state.desired_from_json(desired)
             if table is not None:
                 memory = memory_from_json(table)
         except BadRecord as error:
             logger.warning("starting without what a predecessor left: %s", error)
-        logger.info("table version=%d desired version=%d", memory.table.version, self._desired.version)
-        return memory
+        logger.info(
+            "weights=%d table version=%d desired version=%d", version, memory.table.version, track.desired.version
+        )
+        track.memory = memory
+
+    async def _fetch(self, key: bytes) -> bytes | None:
+        return await self._store_calls.call(lambda: self._store.get(key))
 
     async def _observe(self) -> None:
         """Read the records, point the probes at them. What cannot be read stays as it was seen last."""
@@ -501,9 +651,9 @@ class ControllerLoop:
             )
             if self._listed_s is None or now_s - self._listed_s >= LIST_INTERVAL_S:
                 self._listed_s = now_s
-                existing_ids = await self._ray_calls.call(self._factory.list_existing)
-                node_ids = await self._ray_calls.call(self._factory.list_nodes)
-                if observation.existing_ids is None and self._plan is not None:
+                existing_ids = await self._ray_calls.call(self._track.factory.list_existing)
+                node_ids = await self._ray_calls.call(self._track.factory.list_nodes)
+                if observation.existing_ids is None and self._track.plan is not None:
                     self._events.add("control plane", "resume", "Ray's control service answers again")
                 observation = replace(observation, existing_ids=existing_ids, node_ids=node_ids)
         except StoreUnavailable as error:
@@ -521,18 +671,18 @@ class ControllerLoop:
             draining=self._observation.draining,
         )
 
-    async def _act(self, plan: Plan) -> None:
+    async def _act(self, track: Track, plan: Plan) -> None:
         for action in plan.actions:
             match action:
                 case PushTable(router_id, incarnation):
                     self._prober.push_table((router_id, incarnation), plan.table)
                 case CreateReplica(replica_id, node_id):
                     self._events.add(f"replica {replica_id}", "create", action.reason)
-                    await self._ray_calls.call(functools.partial(self._factory.create_replica, replica_id, node_id))
+                    await self._ray_calls.call(functools.partial(track.factory.create_replica, replica_id, node_id))
                     self._note_existing({replica_id}, set())
                 case CreateRouter(router_id):
                     self._events.add(f"router {router_id}", "create", action.reason)
-                    await self._ray_calls.call(functools.partial(self._factory.create_router, router_id))
+                    await self._ray_calls.call(functools.partial(track.factory.create_router, router_id))
                     self._note_existing({router_id}, set())
                 case HostExperts(replica_id, _, hosted):
                     if self._hosting_calls.ask(replica_id, hosted):
@@ -544,7 +694,7 @@ class ControllerLoop:
                         self._drains[replica_id, incarnation] = task
                 case RemoveReplica(replica_id):
                     self._events.add(f"replica {replica_id}", "remove", action.reason)
-                    await self._ray_calls.call(functools.partial(self._factory.kill, replica_id))
+                    await self._ray_calls.call(functools.partial(self._track.factory.kill, replica_id))
                     await self._store_calls.call(functools.partial(self._store.delete, replica_key(replica_id)))
                     self._note_existing(set(), {replica_id})
                     for target in [target for target in self._drains if target[0] == replica_id]:
@@ -554,7 +704,7 @@ class ControllerLoop:
         """Ends in time whatever Ray does."""
         try:
             async with asyncio.timeout(REPLICA_DRAIN_S + RAY_CALL_TIMEOUT_S):
-                await asyncio.to_thread(self._factory.drain_replica, replica_id, REPLICA_DRAIN_S)
+                await asyncio.to_thread(self._track.factory.drain_replica, replica_id, REPLICA_DRAIN_S)
         except Exception as error:
             logger.warning("drain failed replica_id=%s: %s", replica_id, error or type(error).__name__)
 
@@ -564,16 +714,16 @@ class ControllerLoop:
         if existing_ids is not None:
             self._observation = replace(self._observation, existing_ids=(existing_ids | added) - removed)
 
-    def _record_changes(self, plan: Plan) -> None:
+    def _record_changes(self, track: Track, plan: Plan, observation: Observation) -> None:
         for kind, now, before in (
-            ("router", plan.routers, self._plan.routers if self._plan else {}),
-            ("replica", plan.replicas, self._plan.replicas if self._plan else {}),
+            ("router", plan.routers, track.plan.routers if track.plan else {}),
+            ("replica", plan.replicas, track.plan.replicas if track.plan else {}),
         ):
             for actor_id, status in now.items():
-                record = self._observation.get_record(actor_id)
+                record = observation.get_record(actor_id)
                 incarnation = record.incarnation if record is not None else None
-                if self._incarnations.get(actor_id) != incarnation and record is not None:
-                    self._incarnations[actor_id] = record.incarnation
+                if track.incarnations.get(actor_id) != incarnation and record is not None:
+                    track.incarnations[actor_id] = record.incarnation
                     self._events.add(f"{kind} {actor_id}", "start", _describe_start(record))
                 if actor_id not in before or before[actor_id].state is not status.state:
                     self._events.add(f"{kind} {actor_id}", status.state.value, status.message or _GOOD_REASON)

@@ -6,7 +6,7 @@ replicas; whoever makes the pods, Ray's autoscaler or cluster/kubernetes_backend
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,10 +32,22 @@ class GroupDemand:
     occupied: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class FleetLimits:
+    """How many pods there may be: of each expert group by name, and with a router."""
+
+    max_pods: Mapping[str, int]
+    max_router_pods: int
+
+
 class Fleet(Protocol):
     """Every call returns at once: the work is done by threads of the fleet's own."""
 
     def get_view(self) -> FleetView: ...
+
+    def get_limits(self) -> FleetLimits | None:
+        """None: not known yet."""
+        ...
 
     def set_demand(self, demand: Mapping[str, GroupDemand]) -> None: ...
 
@@ -83,3 +95,13 @@ def measure_demand(
         )
         for name, ids in tenants.items()
     }
+
+
+def join_demands(demands: Iterable[Mapping[str, GroupDemand]]) -> dict[str, GroupDemand]:
+    """Of all that live on the same pods' groups at the same time."""
+    joined: dict[str, GroupDemand] = {}
+    for demand in demands:
+        for name, own in demand.items():
+            other = joined.get(name, GroupDemand(0, frozenset()))
+            joined[name] = GroupDemand(own.num_pods + other.num_pods, own.occupied | other.occupied)
+    return joined

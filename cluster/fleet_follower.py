@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import NamedTuple
 
 from cluster import desired_state
 from cluster.desired_state import DesiredState
 from cluster.event_log import EventLog
-from cluster.fleet import Fleet, find_residents, measure_demand
+from cluster.fleet import Fleet, find_residents, join_demands, measure_demand
 from cluster.planner import ActorState, Observation, Plan, is_ready
-from cluster.spec import ClusterSpec
+from cluster.track import Track
 
 logger = logging.getLogger(__name__)
 
@@ -28,59 +29,76 @@ Target = tuple[str, int]
 Change = Callable[[Callable[[DesiredState], DesiredState], str], Awaitable[object]]
 
 
+class Followed(NamedTuple):
+    """The weights whose actors live on the pods. change: store and take over a new desired state, with the reason."""
+
+    track: Track
+    observation: Observation
+    change: Change
+
+
 class FleetFollower:
     """Owns the ends of routers that are under way. Lives on the controller's event loop."""
 
     def __init__(
         self,
-        spec: ClusterSpec,
         fleet: Fleet,
         events: EventLog,
-        change: Change,
         drain_router: Callable[[Target, float], Awaitable[int]],
         end_router: Callable[[str], Awaitable[None]],
     ) -> None:
-        """change: store and take over a new desired state, with the reason. drain_router: at most so many seconds.
-        end_router: for good."""
-        self._spec = spec
+        """drain_router: at most so many seconds. end_router: for good."""
         self._fleet = fleet
         self._events = events
-        self._change = change
         self._drain_router = drain_router
         self._end_router = end_router
         self._router_exits: dict[Target, asyncio.Task[None]] = {}
 
-    async def follow(self, get_desired: Callable[[], DesiredState], plan: Plan, observation: Observation) -> None:
-        """Raises what `change` raises. Nothing happens while it is not known which actors exist."""
-        if observation.existing_ids is None or observation.draining:
+    async def follow(self, followed: Sequence[Followed], *, may_renew: bool) -> None:
+        """followed: each after its turn. may_renew: whether pods that are outdated may be renewed now. Raises what
+        `change` raises. Nothing happens while it is not known which actors exist."""
+        if not followed or followed[0].observation.existing_ids is None or followed[0].observation.draining:
             return
         view = self._fleet.get_view()
-        taken_ids = observation.existing_ids | observation.replicas.keys()
-        for replica_id in find_residents(get_desired(), observation.replicas, view.leaving):
-            await self._change(
-                lambda desired, leaver_id=replica_id: desired_state.replace_member(desired, leaver_id, taken_ids),
-                f"the pod of {replica_id} is being deleted",
+        taken_ids = {id_ for each in followed for id_ in (*each.track.own_ids, *each.observation.replicas)}
+        for each in followed:
+            taken_ids |= each.observation.existing_ids or frozenset()
+        for track, observation, change in followed:
+            for replica_id in find_residents(track.desired, observation.replicas, view.leaving):
+                await change(
+                    lambda desired, leaver_id=replica_id, taken_ids=frozenset(taken_ids): desired_state.replace_member(
+                        desired, leaver_id, taken_ids
+                    ),
+                    f"the pod of {replica_id} is being deleted",
+                )
+                taken_ids |= track.own_ids
+            assert track.plan is not None
+            for router_id in self._find_leaving_routers(track.plan, observation, view.leaving):
+                self._begin_exit((router_id, observation.routers[router_id].incarnation))
+        track, observation, change = followed[0]
+        assert track.plan is not None
+        if may_renew and track.plan.is_settled(track.desired):
+            await self._renew(followed[0], track.plan, view.outdated)
+        self._fleet.set_demand(
+            join_demands(
+                measure_demand(track.desired, observation.replicas, observation.existing_ids or frozenset())
+                for track, observation, _ in followed
             )
-        for router_id in self._find_leaving_routers(plan, observation, view.leaving):
-            self._begin_exit((router_id, observation.routers[router_id].incarnation))
-        if plan.is_settled(get_desired()):
-            await self._renew(get_desired(), plan, observation, view.outdated)
-        self._fleet.set_demand(measure_demand(get_desired(), observation.replicas, observation.existing_ids))
+        )
         self._fleet.tell(self._events.take_new())
 
-    async def _renew(
-        self, desired: DesiredState, plan: Plan, observation: Observation, outdated: Collection[str]
-    ) -> None:
+    async def _renew(self, followed: Followed, plan: Plan, outdated: Collection[str]) -> None:
         """Replicas first, one at a time, group by group; then routers, unless there is one alone."""
-        replica_ids = find_residents(desired, observation.replicas, outdated)
+        track, observation, change = followed
+        replica_ids = find_residents(track.desired, observation.replicas, outdated)
         if replica_ids:
-            await self._change(
+            await change(
                 lambda desired: desired_state.start_member_rollout(desired, replica_ids),
                 "their pods are older than their worker group's template",
             )
             return
-        if len(self._spec.router_ids) > 1 and is_ready(plan, self._spec):
-            for router_id in self._spec.router_ids:
+        if len(track.spec.router_ids) > 1 and is_ready(plan, track.spec):
+            for router_id in track.spec.router_ids:
                 if (record := observation.routers.get(router_id)) is not None and record.node in outdated:
                     self._fleet.renew(record.node)
                     return

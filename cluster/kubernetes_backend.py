@@ -30,7 +30,7 @@ from cluster.errors import (
     StartError,
 )
 from cluster.event_log import Event
-from cluster.fleet import FleetView, GroupDemand
+from cluster.fleet import FleetLimits, FleetView, GroupDemand
 from cluster.kubernetes_api import KubernetesApi
 from cluster.kubernetes_watch import KubernetesWatch
 from cluster.pod_plan import GroupChange, clamp, plan_change, plan_renewal
@@ -133,6 +133,21 @@ class KubernetesBackend:
             ),
         )
 
+    def get_limits(self) -> FleetLimits | None:
+        with self._lock:
+            cluster = self._cluster
+        if cluster is None:
+            return None
+        # The number of router pods is not ours: Ray's autoscaler makes more, or nobody does.
+        return FleetLimits(
+            max_pods={group.name: group.max_replicas for group in cluster.groups},
+            max_router_pods=sum(
+                group.max_replicas if self._scaling == "ray" else group.replicas
+                for group in cluster.groups
+                if ROUTER_RESOURCE in group.resources
+            ),
+        )
+
     def set_demand(self, demand: Mapping[str, GroupDemand]) -> None:
         with self._lock:
             if demand == self._demand:
@@ -150,7 +165,8 @@ class KubernetesBackend:
 
     def tell(self, events: Sequence[Event]) -> None:
         for event in events:
-            if (reason := _EVENT_REASONS.get(event.action)) is not None:
+            reason = "Upgrade" if event.object == "upgrade" else _EVENT_REASONS.get(event.action)
+            if reason is not None:
                 self._events.append((reason, f"{event.object}: {event.reason}"))
                 self._wake.set()
 

@@ -4,10 +4,13 @@ Layout, all in the namespace RECORD_NAMESPACE:
     spec                the ClusterSpec, written by `shoal serve`
     desired             the DesiredState, written by the controller before it acts on it
     table               the expert table in force, written by the controller before it is pushed
+    upgrade             the last Upgrade to another checkpoint, written by the controller before each step
     events              the event log, written by the controller
     controller          ControllerRecord
     replica/<id>        ReplicaRecord, written by each expert replica at every start and change of state
     router/<id>         RouterRecord, likewise
+
+Since a cluster was upgraded there are desired/N and table/N, of weights version N, instead of those of version 1.
 
 A record outlives its process: `ready` there means "was ready when it wrote this", and the incarnation tells two
 starts apart. Whether the process still lives is found by health checks and by broken streams, not here.
@@ -28,6 +31,7 @@ SPEC_KEY = b"spec"
 DESIRED_KEY = b"desired"
 TABLE_KEY = b"table"
 EVENTS_KEY = b"events"
+UPGRADE_KEY = b"upgrade"
 CONTROLLER_KEY = b"controller"
 REPLICA_PREFIX = b"replica/"
 ROUTER_PREFIX = b"router/"
@@ -66,6 +70,8 @@ class ActorRecord:
     load_progress: float
     started_at: float
     ready_at: float | None
+    # As in ClusterSpec.
+    weights_version: int = 1
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -119,6 +125,14 @@ def controller_from_json(data: bytes) -> ControllerRecord:
         return ControllerRecord(**json.loads(data))
     except (ValueError, TypeError) as error:
         raise BadRecord(f"the controller's record cannot be read: {error}") from error
+
+
+def desired_key(weights_version: int) -> bytes:
+    return DESIRED_KEY if weights_version == 1 else DESIRED_KEY + b"/%d" % weights_version
+
+
+def table_key(weights_version: int) -> bytes:
+    return TABLE_KEY if weights_version == 1 else TABLE_KEY + b"/%d" % weights_version
 
 
 def replica_key(replica_id: str) -> bytes:

@@ -1,5 +1,8 @@
 """Where the HTTP front finds routers: their records, the ones that are ready.
 
+While a cluster is upgraded there are routers of two checkpoints. The stored spec says which of them new requests go to;
+the others are there for answers that were begun with their weights.
+
 The answer of the last look is kept: with the Ray head gone, requests still reach the routers that were there.
 """
 
@@ -11,7 +14,9 @@ from collections.abc import Sequence
 
 from cluster.errors import BadRecord, StoreUnavailable
 from cluster.record_store import RecordStore
-from cluster.records import ROUTER_PREFIX, RouterRecord, StartState
+from cluster.records import ROUTER_PREFIX, SPEC_KEY, RouterRecord, StartState
+from cluster.spec import spec_from_json
+from router.api.router_client import RouterEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -21,16 +26,18 @@ class RecordedEndpoints:
 
     def __init__(self, store: RecordStore) -> None:
         self._store = store
-        self._known: Sequence[str] = ()
+        self._known: Sequence[RouterEndpoint] = ()
 
-    async def get(self) -> Sequence[str]:
-        """host:port of the routers, by router id. Never raises: a look that fails gives the last answer."""
+    async def get(self) -> Sequence[RouterEndpoint]:
+        """Of the routers, by router id. Never raises: a look that fails gives the last answer."""
         try:
             values = await asyncio.to_thread(self._store.get_all, ROUTER_PREFIX)
-        except StoreUnavailable as error:
+            spec = await asyncio.to_thread(self._store.get, SPEC_KEY)
+            serving_version = 1 if spec is None else spec_from_json(spec).weights_version
+        except (StoreUnavailable, BadRecord) as error:
             logger.warning("using the routers known before: %s", error)
             return self._known
-        endpoints: list[str] = []
+        endpoints: list[RouterEndpoint] = []
         for key in sorted(values):
             try:
                 record = RouterRecord.from_json(values[key])
@@ -38,6 +45,7 @@ class RecordedEndpoints:
                 logger.warning("ignoring the record %s: %s", key.decode(errors="replace"), error)
                 continue
             if record.state is StartState.READY and record.endpoint is not None:
-                endpoints.append(record.endpoint)
+                version = record.weights_version
+                endpoints.append(RouterEndpoint(record.endpoint, version, takes_new=version == serving_version))
         self._known = endpoints
         return endpoints

@@ -82,6 +82,8 @@ class ClusterSpec:
     on_pods: bool = False
     # Folder of certificates on every node, for the network of routers, replicas and controller; None: unencrypted.
     tls_dir: str | None = None
+    # Rises with every upgrade to another checkpoint; whoever has another one has nothing to do with these.
+    weights_version: int = 1
 
     @property
     def replica_groups(self) -> dict[str, GroupSpec]:

@@ -89,10 +89,12 @@ class RouterConfig:
     fairness_keys of requests, fcfs: by arrival. priority_ageing_s: of waiting, after which a request rises a class.
     max_missing_experts: see router/degradation.py; 0: a token waits for all of its experts. tls_dir: of certificates;
     None: unencrypted, which allow_insecure permits on an address that others reach.
-    trace_to: see tracing.Tracer; None: no traces."""
+    trace_to: see tracing.Tracer; None: no traces. weights_version: of the checkpoint, which answers carry; 0: not
+    known, as where nobody upgrades."""
 
     checkpoint: str
     router_id: str = "r0"
+    weights_version: int = 0
     host: str = "127.0.0.1"
     port: int = 0
     dtype: torch.dtype = torch.bfloat16
@@ -173,6 +175,10 @@ class RouterServer:
     @property
     def router_id(self) -> str:
         return self._config.router_id
+
+    @property
+    def weights_version(self) -> int:
+        return self._config.weights_version
 
     @property
     def engine(self) -> Engine | None:

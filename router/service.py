@@ -63,6 +63,8 @@ class RouterState(Protocol):
     @property
     def router_id(self) -> str: ...
     @property
+    def weights_version(self) -> int: ...
+    @property
     def engine(self) -> Engine | None: ...
     @property
     def pool(self) -> ExpertPool: ...
@@ -87,8 +89,13 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> AsyncIterator[pb.GenerateResponse]:
         engine = self._state.engine
+        own_version = self._state.weights_version
         if engine is None:
             await _abort(context, NotReady("the router is loading its weights"))
+        if request.weights_version not in (0, own_version):
+            # Tokens of one answer come from one checkpoint, whatever address the caller took for whose.
+            begun = request.weights_version
+            await _abort(context, NotReady(f"the answer was begun with weights {begun}; these are {own_version}"))
         try:
             read = _read_request(request)
             sequence = engine.submit(read, await _compile_grammar(self._state.grammars, read, request))
@@ -106,7 +113,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
                     finished, error_text = True, str(output)
                     await _abort(context, output)
                 finished = output.finish_reason is not None
-                response = _write_output(output, sequence)
+                response = _write_output(output, sequence, own_version)
                 if finished:
                     response.times.CopyFrom(_write_times(sequence.times(time.monotonic())))
                 yield response
@@ -150,6 +157,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         state = self._state
         response = pb.StatusResponse(
             router_id=state.router_id,
+            weights_version=state.weights_version,
             pid=os.getpid(),
             table_version=state.pool.table.version,
             connected_replica_ids=state.pool.connected_replica_ids(),
@@ -295,8 +303,9 @@ async def _compile_grammar(
     return GrammarState(matcher, start_after, request.prompt_token_ids[num_before:])
 
 
-def _write_output(output: SequenceOutput, sequence: Sequence) -> pb.GenerateResponse:
+def _write_output(output: SequenceOutput, sequence: Sequence, weights_version: int) -> pb.GenerateResponse:
     response = pb.GenerateResponse(
+        weights_version=weights_version,
         cached_tokens=sequence.num_cached_tokens or 0,
         router_us=sequence.router_ns // 1000,
         expert_us=sequence.expert_ns // 1000,

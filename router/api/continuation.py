@@ -2,7 +2,7 @@
 
 Tokens that a lost router sent become the end of the next one's prompt, which is told how many they are: to penalties
 they are the answer's, and the sampler's noise depends on seed and position only, so the sequence goes on as if nothing
-had happened.
+had happened. Only a router of the same weights may do so: no answer is made of two checkpoints.
 """
 
 from __future__ import annotations
@@ -10,11 +10,20 @@ from __future__ import annotations
 from router.v1 import router_pb2
 
 
+class WeightsPin:
+    """Whose weights answer one HTTP request, in all of its choices. version: 0: nothing was answered yet, or routers do
+    not say."""
+
+    def __init__(self) -> None:
+        self.version = 0
+
+
 class Continuation:
     """One sequence over all routers that work on it."""
 
-    def __init__(self, request: router_pb2.GenerateRequest, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, request: router_pb2.GenerateRequest, eos_token_ids: frozenset[int], pin: WeightsPin) -> None:
         self._request = request
+        self._pin = pin
         self._end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_token_ids)
         self._token_ids: list[int] = []
         self._num_prompt_tokens = 0
@@ -33,6 +42,7 @@ class Continuation:
         self._router_us.begin()
         self._expert_us.begin()
         self._num_left_out.begin()
+        self._request.weights_version = self._pin.version
         if not self._token_ids:
             self._num_to_skip = self._num_prompt_tokens  # prompt tokens come again from the first on
             return self._request
@@ -45,6 +55,11 @@ class Continuation:
         request.min_tokens = max(0, request.min_tokens - self.num_tokens)
         request.ClearField("prompt_logprobs")
         return request
+
+    def is_foreign(self, response: router_pb2.GenerateResponse) -> bool:
+        """Whether it is of other weights than what the client has, as the first tokens of a choice may be if another
+        choice's came meanwhile. It must not be noted."""
+        return self._pin.version not in (0, response.weights_version)
 
     def note_(self, response: router_pb2.GenerateResponse) -> bool:
         """Count response in, and make it one of the whole sequence, in place: without prompt tokens that an earlier
@@ -61,7 +76,10 @@ class Continuation:
         self._token_ids.extend(token.token_id for token in response.tokens)
         if response.tokens and response.finish_reason == router_pb2.FINISH_REASON_UNSPECIFIED:
             self._finish_(response)
-        return bool(response.prompt_tokens or response.tokens)
+        is_new = bool(response.prompt_tokens or response.tokens)
+        if is_new:
+            self._pin.version = response.weights_version
+        return is_new
 
     def _finish_(self, response: router_pb2.GenerateResponse) -> None:
         last = self._token_ids[-1]

@@ -9,6 +9,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from router.api.continuation import WeightsPin
 from router.tracing import Span
 
 
@@ -19,6 +20,7 @@ class RequestScope:
     request_id: str
     arrived_s: float = field(default_factory=time.monotonic)
     span: Span | None = None
+    weights: WeightsPin = field(default_factory=WeightsPin)
 
 
 current_request: ContextVar[RequestScope | None] = ContextVar("current_request", default=None)

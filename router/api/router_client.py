@@ -21,7 +21,7 @@ import grpc.aio
 from experts.tls import load_cluster_tls
 from router.api.api_metrics import ApiMetrics
 from router.api.attempts import Attempts, Failure, FailureKind
-from router.api.continuation import Continuation
+from router.api.continuation import Continuation, WeightsPin
 from router.api.errors import ApiError, BadRequest, InternalError, RequestTimedOut
 from router.api.request_scope import current_request
 from router.api.router_choice import Candidate, PrefixDirectory, choose_router, compute_blocks
@@ -38,21 +38,30 @@ _REFRESH_INTERVAL_S = 1.0
 _MAX_DETAILS_LENGTH = 300
 
 
+class RouterEndpoint(NamedTuple):
+    """address: host:port. weights_version: of the checkpoint; 0: not known. takes_new: False while a cluster is
+    upgraded, for routers whose turn has not come yet or is over: these only finish what they have begun."""
+
+    address: str
+    weights_version: int = 0
+    takes_new: bool = True
+
+
 class RouterEndpoints(Protocol):
     """Knows where routers listen."""
 
-    async def get(self) -> Sequence[str]:
-        """The addresses (host:port) of the live routers; may be empty. May raise when it cannot tell."""
+    async def get(self) -> Sequence[RouterEndpoint]:
+        """Of the live routers; may be empty. May raise when it cannot tell."""
         ...
 
 
 class StaticEndpoints:
     """A fixed list of addresses."""
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
-        self._endpoints = tuple(endpoints)
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._endpoints = tuple(RouterEndpoint(address) for address in addresses)
 
-    async def get(self) -> Sequence[str]:
+    async def get(self) -> Sequence[RouterEndpoint]:
         return self._endpoints
 
 
@@ -90,7 +99,8 @@ class RouterClient:
         if span is not None:
             request.traceparent = span.traceparent
         try:
-            async with aclosing(self._generate(request)) as responses:
+            pin = WeightsPin() if scope is None else scope.weights
+            async with aclosing(self._generate(request, pin)) as responses:
                 async for response in responses:
                     observation.note(response)
                     yield response
@@ -114,28 +124,34 @@ class RouterClient:
             if span is not None:
                 span.end()
 
-    async def _generate(self, request: router_pb2.GenerateRequest) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
+    async def _generate(
+        self, request: router_pb2.GenerateRequest, pin: WeightsPin
+    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
         now_s = asyncio.get_running_loop().time
         deadline_s = now_s() + self._settings.request_timeout_s
-        continuation = Continuation(request, self._eos_token_ids)
+        continuation = Continuation(request, self._eos_token_ids, pin)
         attempts = Attempts(self._settings.router_wait_s)
         while True:
-            router = await self._pick(request, attempts.tried)
+            router = await self._pick(request, attempts.tried, pin.version)
             if router is None:
                 if await attempts.pause(now_s()):
                     continue
                 raise attempts.error(self._settings.retry_after_s)
             was_connected = router.is_connected()
             remaining = continuation.begin_attempt()
+            reason = "the stream ended early"
             try:
                 async with aclosing(router.generate(remaining, deadline_s - now_s())) as responses:
                     async for response in responses:
+                        if continuation.is_foreign(response):
+                            reason = "its weights are not those of the other choices"
+                            break
                         if continuation.note_(response):
                             attempts.progressed()
                         yield response
                         if response.finish_reason != router_pb2.FINISH_REASON_UNSPECIFIED:
                             return
-                failure = Failure(FailureKind.REFUSED, "the stream ended early", now_s())
+                failure = Failure(FailureKind.REFUSED, reason, now_s())
             except RouterSilent as error:
                 failure = Failure(FailureKind.LOST, str(error), router.silent_since_s or now_s())
             except grpc.aio.AioRpcError as error:
@@ -183,19 +199,28 @@ class RouterClient:
     async def _find_other(self, silent: RouterLink) -> bool:
         """Whether a router is ready for the streams of one that does not answer."""
         await self._refresh()
-        others = [router for router in self._routers.values() if router is not silent and router.silent_since_s is None]
+        others = [
+            router
+            for router in self._routers.values()
+            if router is not silent
+            and router.silent_since_s is None
+            and router.weights_version == silent.weights_version
+        ]
         statuses = await asyncio.gather(*(self._fetch_status(router) for router in others))
         return any(status is not None and status.ready for _, status in statuses)
 
-    async def _pick(self, request: router_pb2.GenerateRequest, tried: set[str]) -> RouterLink | None:
-        """The router that suits request best among those not tried; None if all were."""
+    async def _pick(
+        self, request: router_pb2.GenerateRequest, tried: set[str], weights_version: int
+    ) -> RouterLink | None:
+        """The router that suits request best among those not tried; None if all were. weights_version: of the answer so
+        far, which only routers of the same weights may go on with; 0: nothing was answered yet."""
         now_s = asyncio.get_running_loop().time()
         if tried or self._refreshed_at_s is None or now_s - self._refreshed_at_s > _REFRESH_INTERVAL_S:
             self._start_refresh()
-        candidates = [router for router in self._routers.values() if router.endpoint not in tried]
+        candidates = self._list_candidates(tried, weights_version)
         if not candidates:
             await self._refresh()
-            candidates = [router for router in self._routers.values() if router.endpoint not in tried]
+            candidates = self._list_candidates(tried, weights_version)
             if not candidates:
                 return None
         if len(self._routers) == 1:
@@ -213,6 +238,14 @@ class RouterClient:
         self._prefixes.note(blocks, endpoint)
         return self._routers[endpoint]
 
+    def _list_candidates(self, tried: set[str], weights_version: int) -> list[RouterLink]:
+        return [
+            router
+            for router in self._routers.values()
+            if router.endpoint not in tried
+            and (router.weights_version == weights_version if weights_version else router.takes_new)
+        ]
+
     def _start_refresh(self) -> asyncio.Task[None]:
         if self._refresh_task is None or self._refresh_task.done():
             self._refresh_task = asyncio.create_task(self._fetch_endpoints())
@@ -225,16 +258,18 @@ class RouterClient:
     async def _fetch_endpoints(self) -> None:
         try:
             async with asyncio.timeout(self._settings.status_timeout_s):
-                endpoints = list(dict.fromkeys(await self._endpoints.get()))
+                endpoints = {endpoint.address: endpoint for endpoint in await self._endpoints.get()}
         except Exception as error:  # Whatever the lookup raises: without an answer the known routers keep serving.
             logger.warning("router addresses unknown reason=%r", error)
             return
         self._refreshed_at_s = asyncio.get_running_loop().time()
-        for endpoint in endpoints:
-            if endpoint not in self._routers:
-                self._routers[endpoint] = RouterLink(endpoint, self._settings, self._tls, self._find_other)
-        for endpoint in [endpoint for endpoint in self._routers if endpoint not in endpoints]:
-            self._retired.append(self._routers.pop(endpoint))
+        for address, endpoint in endpoints.items():
+            if address not in self._routers:
+                self._routers[address] = RouterLink(address, self._settings, self._tls, self._find_other)
+            self._routers[address].weights_version = endpoint.weights_version
+            self._routers[address].takes_new = endpoint.takes_new
+        for address in [address for address in self._routers if address not in endpoints]:
+            self._retired.append(self._routers.pop(address))
         idle = [router for router in self._retired if router.num_in_flight == 0]
         self._retired = [router for router in self._retired if router.num_in_flight > 0]
         await asyncio.gather(*(router.close() for router in idle))

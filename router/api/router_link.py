@@ -49,6 +49,7 @@ class RouterLink:
     """Use it on one event loop only.
 
     silent_since_s: since when (the loop's time) the router has not answered; None: it does, as far as is known.
+    weights_version, takes_new: as its RouterEndpoint says.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class RouterLink:
     ) -> None:
         """tls: None: unencrypted. find_other: whether another router than this one is ready for its streams."""
         self.endpoint = endpoint
+        self.weights_version = 0
+        self.takes_new = True
         self.last_used = 0.0
         self.silent_since_s: float | None = None
         self._settings = settings

@@ -83,7 +83,7 @@ class Grammar(_message.Message):
     def __init__(self, json_schema: _Optional[str] = ..., lark: _Optional[str] = ..., regex: _Optional[str] = ..., lenient: _Optional[bool] = ..., start_after: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "max_tokens", "stop_token_ids", "ignore_eos", "min_tokens", "logprobs", "prompt_logprobs", "num_answer_tokens", "priority", "fairness_key", "cache_salt", "fairness_weight", "grammar", "traceparent")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "max_tokens", "stop_token_ids", "ignore_eos", "min_tokens", "logprobs", "prompt_logprobs", "num_answer_tokens", "priority", "fairness_key", "cache_salt", "fairness_weight", "weights_version", "grammar", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,7 @@ class GenerateRequest(_message.Message):
     FAIRNESS_KEY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     FAIRNESS_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
@@ -114,9 +115,10 @@ class GenerateRequest(_message.Message):
     fairness_key: str
     cache_salt: str
     fairness_weight: float
+    weights_version: int
     grammar: Grammar
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., num_answer_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., fairness_key: _Optional[str] = ..., cache_salt: _Optional[str] = ..., fairness_weight: _Optional[float] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., num_answer_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., fairness_key: _Optional[str] = ..., cache_salt: _Optional[str] = ..., fairness_weight: _Optional[float] = ..., weights_version: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class TokenOutput(_message.Message):
     __slots__ = ("token_id", "logprob", "top_token_ids", "top_logprobs")
@@ -131,7 +133,7 @@ class TokenOutput(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("tokens", "prompt_tokens", "finish_reason", "stop_token_id", "cached_tokens", "router_us", "expert_us", "num_left_out", "times")
+    __slots__ = ("tokens", "prompt_tokens", "finish_reason", "stop_token_id", "cached_tokens", "router_us", "expert_us", "num_left_out", "weights_version", "times")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +142,7 @@ class GenerateResponse(_message.Message):
     ROUTER_US_FIELD_NUMBER: _ClassVar[int]
     EXPERT_US_FIELD_NUMBER: _ClassVar[int]
     NUM_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     prompt_tokens: _containers.RepeatedCompositeFieldContainer[TokenOutput]
@@ -149,8 +152,9 @@ class GenerateResponse(_message.Message):
     router_us: int
     expert_us: int
     num_left_out: int
+    weights_version: int
     times: SequenceTimes
-    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., prompt_tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., router_us: _Optional[int] = ..., expert_us: _Optional[int] = ..., num_left_out: _Optional[int] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ...) -> None: ...
+    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., prompt_tokens: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., router_us: _Optional[int] = ..., expert_us: _Optional[int] = ..., num_left_out: _Optional[int] = ..., weights_version: _Optional[int] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ...) -> None: ...
 
 class SequenceTimes(_message.Message):
     __slots__ = ("queue_us", "prefill_us", "decode_us")
@@ -225,7 +229,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("router_id", "pid", "ready", "draining", "message", "table_version", "num_running", "num_waiting", "num_steps", "current_step_ms", "connected_replica_ids", "load_progress", "num_blocks", "num_blocks_held", "num_blocks_idle", "block_size", "num_preemptions", "num_prompt_tokens", "num_cached_tokens", "step_times", "num_turns", "num_generated_tokens", "num_drafted", "num_accepted", "unserved_ms", "dispatch", "replicas", "groups", "teams", "process")
+    __slots__ = ("router_id", "pid", "ready", "draining", "message", "table_version", "num_running", "num_waiting", "num_steps", "current_step_ms", "connected_replica_ids", "load_progress", "num_blocks", "num_blocks_held", "num_blocks_idle", "block_size", "num_preemptions", "num_prompt_tokens", "num_cached_tokens", "step_times", "num_turns", "num_generated_tokens", "num_drafted", "num_accepted", "unserved_ms", "dispatch", "replicas", "groups", "teams", "process", "weights_version")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +260,7 @@ class StatusResponse(_message.Message):
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     TEAMS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     pid: int
     ready: bool
@@ -286,7 +291,8 @@ class StatusResponse(_message.Message):
     groups: _containers.RepeatedCompositeFieldContainer[GroupTraffic]
     teams: _containers.RepeatedCompositeFieldContainer[TeamQueue]
     process: ProcessFigures
-    def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., step_times: _Optional[_Union[StepTimes, _Mapping]] = ..., num_turns: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_drafted: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ..., unserved_ms: _Optional[int] = ..., dispatch: _Optional[_Union[DispatchCounters, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaTimes, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupTraffic, _Mapping]]] = ..., teams: _Optional[_Iterable[_Union[TeamQueue, _Mapping]]] = ..., process: _Optional[_Union[ProcessFigures, _Mapping]] = ...) -> None: ...
+    weights_version: int
+    def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., message: _Optional[str] = ..., table_version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., current_step_ms: _Optional[int] = ..., connected_replica_ids: _Optional[_Iterable[str]] = ..., load_progress: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_blocks_held: _Optional[int] = ..., num_blocks_idle: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., step_times: _Optional[_Union[StepTimes, _Mapping]] = ..., num_turns: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_drafted: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ..., unserved_ms: _Optional[int] = ..., dispatch: _Optional[_Union[DispatchCounters, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaTimes, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupTraffic, _Mapping]]] = ..., teams: _Optional[_Iterable[_Union[TeamQueue, _Mapping]]] = ..., process: _Optional[_Union[ProcessFigures, _Mapping]] = ..., weights_version: _Optional[int] = ...) -> None: ...
 
 class GroupTraffic(_message.Message):
     __slots__ = ("name", "num_frames", "num_rows", "num_pairs", "sent_bytes", "received_bytes", "num_retries", "num_hedges", "latency_counts", "latency_us")

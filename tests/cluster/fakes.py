@@ -1,5 +1,7 @@
 """Fakes with the interfaces of cluster's seams, and records to feed them."""
 
+import copy
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +14,7 @@ from cluster.spec import ClusterSpec, GroupSpec, RouterSpec
 from experts.expert_range import ExpertRange
 from experts.v1 import experts_pb2
 from router.expert_table import ExpertTable
+from router.v1 import router_pb2
 
 HOSTED = ((ExpertRange(1, 4, 0, 4),), (ExpertRange(1, 4, 4, 8),))
 
@@ -126,19 +129,36 @@ class FakeFactory:
         self.killed: list[str] = []
         self.hosted: list[tuple[str, tuple[ExpertRange, ...]]] = []
         self.refusal: str | None = None
+        # Changes of the records that replicas of these weights publish.
+        self.changes: dict[int, dict[str, Any]] = {}
+        self.available_bytes = 10**12
         self._store = store
-        self._last_incarnation = 100
+        self._incarnations = itertools.count(101)
+        self._weights_version = 1
+
+    def for_spec(self, spec: ClusterSpec) -> "FakeFactory":
+        other = copy.copy(self)
+        other._weights_version = spec.weights_version
+        return other
 
     def create_replica(self, replica_id: str, node_id: str | None) -> None:
         self.created.append(replica_id)
         self.existing.add(replica_id)
         if self._store is not None:
-            self._last_incarnation += 1
-            self._store.publish(make_replica(replica_id, self._last_incarnation))
+            changes = {"weights_version": self._weights_version, **self.changes.get(self._weights_version, {})}
+            self._store.publish(make_replica(replica_id, next(self._incarnations), **changes))
 
     def create_router(self, router_id: str) -> None:
         self.created.append(router_id)
         self.existing.add(router_id)
+        if self._store is not None and self._weights_version > 1:
+            self._store.publish(make_router(router_id, next(self._incarnations), weights_version=self._weights_version))
+
+    def measure_available(self) -> dict[str, int]:
+        return {"node a": self.available_bytes}
+
+    def count_free_gpus(self) -> float:
+        return 0.0
 
     def list_existing(self) -> frozenset[str]:
         return frozenset(self.existing)
@@ -175,6 +195,7 @@ class FakeProber:
         self.drained_routers: list[tuple[str, int]] = []
         self.loads: dict[str, ReplicaLoad] = {}
         self.pairs: list[experts_pb2.LoadResponse] = []
+        self.details: dict[tuple[str, int], router_pb2.StatusResponse] = {}
 
     @property
     def replica_loads(self) -> dict[tuple[str, int], ReplicaLoad]:
@@ -186,8 +207,8 @@ class FakeProber:
     async def fetch_pairs(self) -> list[experts_pb2.LoadResponse]:
         return self.pairs
 
-    def router_details(self) -> dict[tuple[str, int], Any]:
-        return {}
+    def router_details(self) -> dict[tuple[str, int], router_pb2.StatusResponse]:
+        return self.details
 
     def set_targets(self, replicas: Mapping[tuple[str, int], str], routers: Mapping[tuple[str, int], str]) -> None:
         self.targets = (replicas, routers)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from cluster.controller import ControllerLoop
 from cluster.event_log import Event
-from cluster.fleet import FleetView, GroupDemand
+from cluster.fleet import FleetLimits, FleetView, GroupDemand
 from tests.cluster.fakes import (
     FakeClock,
     FakeFactory,
@@ -29,6 +29,9 @@ class FakeFleet:
 
     def get_view(self) -> FleetView:
         return self.view
+
+    def get_limits(self) -> FleetLimits | None:
+        return FleetLimits({"g0": 4, "g1": 4}, 8)
 
     def set_demand(self, demand: Mapping[str, GroupDemand]) -> None:
         self.demand = demand

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
@@ -91,3 +92,11 @@ def assert_nothing_runs(stack: LocalStack) -> None:
         return status.num_running == 0 and status.num_waiting == 0
 
     wait_until(is_idle, time.monotonic() + LEAVE_TIMEOUT_S, lambda: f"still running: {stack.status()}")
+
+
+def test_a_router_does_not_go_on_with_an_answer_of_other_weights(stack: LocalStack) -> None:
+    request = build_request([1, 2, 3], 4)
+    request.weights_version = 7
+    with stack.router_channel() as channel, pytest.raises(grpc.RpcError) as raised:
+        list(router_pb2_grpc.RouterServiceStub(channel).Generate(request, timeout=10.0))
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE

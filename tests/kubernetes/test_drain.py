@@ -56,7 +56,11 @@ async def test_a_deleted_pod_stays_until_another_replica_serves(place: Place):
             await setting.turn_until(
                 lambda: place.cluster.read_groups()["g1"]["replicas"] == 1 and len(operator.list_names("g1")) == 1
             )
-            assert [group.member_ids for group in setting.loop._desired.groups] == [("g0-0",), ("g1-1",), ("g2-0",)]
+            assert [group.member_ids for group in setting.loop._track.desired.groups] == [
+                ("g0-0",),
+                ("g1-1",),
+                ("g2-0",),
+            ]
             events = setting.list_events()
             assert events.index(("replica g1-1", "ready")) < events.index(("replica g1-0", "drain"))
             assert events.index(("replica g1-0", "drain")) < events.index(("replica g1-0", "remove"))

@@ -3,17 +3,24 @@
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import psutil
 import pytest
 
+from tests.other_weights import write_other_weights
 from tests.ray.serve_process import ServeProcess, get_replica, stream_chat, wait_for
+from tests.scenarios.stream_load import StreamLoad
 
 pytestmark = pytest.mark.timeout(180)
+DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +135,76 @@ def test_streams_and_new_requests_do_not_notice_that_ray_s_control_service_stand
     wait_for(lambda: _is_ready(serve) and serve.fetch_status()["control_plane"], 60)
 
 
-def test_sigint_lets_a_running_stream_finish_and_leaves_no_process(serve: ServeProcess, undisturbed: str):
+def test_an_upgrade_that_cannot_load_names_the_reason_and_the_old_weights_go_on(
+    serve: ServeProcess, undisturbed: str, tmp_path: Path
+):
+    """Its files vanish once it has begun."""
+    wait_for(lambda: serve.fetch_status()["settled"], 30)
+    broken = tmp_path / "broken"
+    shutil.copytree(DEMO, broken)
+    before = serve.fetch_status()
+    with StreamLoad(serve.url, 1, 24) as load:
+        result = serve.run_command("upgrade", str(broken), "--url", serve.url)
+        assert result.returncode == 0, result.stderr
+        shutil.rmtree(broken)
+        wait_for(lambda: serve.fetch_status()["upgrade"]["phase"] == "failed", 90)
+    assert load.failures == []
+    assert "failed to start 3 times" in (reason := serve.fetch_status()["upgrade"]["reason"])
+    assert str(broken) in reason
+    after = serve.fetch_status()
+    assert [group["replicas"] for group in after["groups"]] == [
+        [{**replica, "load": ANY} for replica in group["replicas"]] for group in before["groups"]
+    ]
+    assert after["settled"] is True
+    assert "".join(stream_chat(serve.url, 200)) == undisturbed
+
+
+def test_an_upgrade_to_other_weights_fails_no_stream_and_mixes_none(
+    serve: ServeProcess, undisturbed: str, tmp_path_factory: pytest.TempPathFactory
+):
+    other = tmp_path_factory.mktemp("other") / "weights"
+    write_other_weights(DEMO, other)
+    before = serve.fetch_status()
+    with StreamLoad(serve.url, 2, 200) as load:
+        result = serve.run_command("upgrade", str(other), "--wait", "--url", serve.url, timeout_s=150)
+        assert result.returncode == 0, result.stderr
+        num_old = len(load.texts)
+        # What is begun from now on.
+        wait_for(lambda: len(load.texts) >= num_old + 4, 60)
+    assert load.failures == []
+    upgraded = "".join(stream_chat(serve.url, 200))
+    assert upgraded != undisturbed
+    assert set(load.texts) == {undisturbed, upgraded}
+    assert set(load.texts[-2:]) == {upgraded}
+    after = serve.fetch_status()
+    assert (after["checkpoint"], after["settled"], after["beside"]) == (str(other), True, None)
+    old_pids, new_pids = _list_pids(before), _list_pids(after)
+    assert len(new_pids) == 5
+    assert not old_pids & new_pids
+    assert not any(psutil.pid_exists(pid) for pid in old_pids)
+    digests = {get_replica(status, "g0")["weight_digest"] for status in (before, after)}
+    assert len(digests) == 2
+    events = json.loads(serve.run_command("events", "--url", serve.url, "--json").stdout)["events"]
+    steps = [event["action"] for event in events if event["object"] == "upgrade"]
+    assert steps[-9:] == ["begin", *["load"] * 4, "route", "switch", "release", "done"]
+
+
+def test_an_upgraded_cluster_outlives_its_controller(serve: ServeProcess):
+    before = serve.fetch_status()
+    controllers = [
+        process
+        for process in psutil.Process(serve.process.pid).children(recursive=True)
+        if process.cmdline()[:1] == ["ray::Controller"]
+    ]
+    controllers[0].kill()
+    wait_for(lambda: _is_ready(serve) and serve.fetch_status()["settled"], 60)
+    after = serve.fetch_status()
+    assert after["checkpoint"] == before["checkpoint"]
+    assert _list_pids(after) == _list_pids(before)
+
+
+def test_sigint_lets_a_running_stream_finish_and_leaves_no_process(serve: ServeProcess):
+    undisturbed = "".join(stream_chat(serve.url, 200))
     serve.remember_processes()
     parts: list[str] = []
     has_begun = threading.Event()
@@ -155,3 +231,10 @@ def _is_ready(serve: ServeProcess) -> bool:
         return serve.fetch_status()["ready"]
     except httpx.HTTPError:
         return False
+
+
+def _list_pids(status: dict[str, Any]) -> set[int]:
+    return {
+        item["pid"]
+        for item in (*status["routers"], *(each for group in status["groups"] for each in group["replicas"]))
+    }

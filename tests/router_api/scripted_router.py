@@ -27,6 +27,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
         self.answers = threading.Event()
         self.answers.set()
         self.num_status_calls = 0
+        self.weights_version = 0
         self.script: Script = answer([])
         self._server = grpc.server(ThreadPoolExecutor(64))
         router_pb2_grpc.add_RouterServiceServicer_to_server(self, self._server)
@@ -58,7 +59,9 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
                 cancelled.set()
 
         context.add_callback(note_end)
-        yield from self.script(request, context)
+        for response in self.script(request, context):
+            response.weights_version = self.weights_version
+            yield response
         finished.set()
 
     def Status(self, request: router_pb2.StatusRequest, context: grpc.ServicerContext) -> router_pb2.StatusResponse:

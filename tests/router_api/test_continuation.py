@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from router.api.continuation import Continuation
+from router.api.continuation import Continuation, WeightsPin
 from router.v1 import router_pb2
 
 EOS = 1
@@ -17,9 +17,9 @@ def response(*token_ids: int, **fields: Any) -> router_pb2.GenerateResponse:
     return router_pb2.GenerateResponse(tokens=tokens, **fields)
 
 
-def begin(**fields: Any) -> Continuation:
+def begin(pin: WeightsPin | None = None, **fields: Any) -> Continuation:
     request = router_pb2.GenerateRequest(**{"prompt_token_ids": [5, 6], "max_tokens": 8, **fields})
-    return Continuation(request, frozenset({EOS}))
+    return Continuation(request, frozenset({EOS}), pin or WeightsPin())
 
 
 def test_what_is_left_to_ask() -> None:
@@ -92,3 +92,14 @@ def test_experts_left_out_add_up_over_routers() -> None:
     later = response(51, num_left_out=3)
     continuation.note_(later)
     assert later.num_left_out == 8
+
+
+def test_the_choices_of_a_request_are_of_the_same_weights() -> None:
+    pin = WeightsPin()
+    first, second = begin(pin), begin(pin)
+    assert (first.begin_attempt().weights_version, second.begin_attempt().weights_version) == (0, 0)
+    assert not first.is_foreign(response(50, weights_version=1))
+    first.note_(response(50, weights_version=1))
+    assert second.is_foreign(response(60, weights_version=2))
+    assert second.begin_attempt().weights_version == 1
+    assert first.begin_attempt().weights_version == 1

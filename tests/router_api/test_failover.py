@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from router.api.api_metrics import ApiMetrics
-from router.api.router_client import RouterClient, StaticEndpoints
+from router.api.router_client import RouterClient, RouterEndpoint, StaticEndpoints
 from router.api.settings import ApiSettings
 from router.api.tokenizer import TextTokenizer
 from router.v1 import router_pb2
@@ -41,15 +41,21 @@ class ChangingEndpoints:
 
     def __init__(self, endpoints: Sequence[str]) -> None:
         self.endpoints = list(endpoints)
+        # Of routers whose weights are told apart; and which of these only finish what they have begun.
+        self.versions: dict[str, int] = {}
+        self.finishing: set[str] = set()
         self.is_broken = False
         self.is_hanging = False
 
-    async def get(self) -> Sequence[str]:
+    async def get(self) -> Sequence[RouterEndpoint]:
         if self.is_hanging:
             await asyncio.sleep(2 * WAIT_S)
         if self.is_broken:
             raise RuntimeError("the directory is gone")
-        return self.endpoints
+        return [
+            RouterEndpoint(address, self.versions.get(address, 0), address not in self.finishing)
+            for address in self.endpoints
+        ]
 
 
 class Cluster:
@@ -491,3 +497,47 @@ async def test_a_router_that_leaves_while_it_is_asked_for_its_status_counts_as_s
         assert [status.status for status in await asyncio.wait_for(asking, WAIT_S)] == [None]
         connection.close()
         await client.close()
+
+
+def test_new_requests_go_to_routers_that_take_new_ones(cluster: Cluster) -> None:
+    old, new = (router.endpoint for router in cluster.routers)
+    cluster.endpoints.versions = {old: 1, new: 2}
+    cluster.endpoints.finishing = {new}
+    assert cluster.post().status_code == 200
+    assert cluster.num_requests == [1, 0]
+    cluster.endpoints.finishing = {old}
+    for _ in range(1000):
+        cluster.post()
+        if cluster.num_requests[1] > 0:
+            break
+    num_old = cluster.num_requests[0]
+    assert cluster.post().status_code == 200
+    assert cluster.num_requests[0] == num_old
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_only_a_router_of_the_same_weights_goes_on_with_an_answer(cluster: Cluster, has_tokens: bool) -> None:
+    """The first router is lost and only one of other weights is there: it may begin, and not go on."""
+    lost, other = cluster.routers
+    cluster.endpoints.versions = {lost.endpoint: 1, other.endpoint: 2}
+    cluster.endpoints.finishing = {other.endpoint}
+    lost.weights_version, other.weights_version = 1, 2
+    refuse = fail(grpc.StatusCode.UNAVAILABLE)
+    lost.script = in_turn(fail(grpc.StatusCode.UNAVAILABLE, after=[50]), refuse) if has_tokens else refuse
+    other.script = answer([51, 52])
+    results: list[httpx.Response] = []
+    worker = threading.Thread(target=lambda: results.append(cluster.post(max_tokens=3)))
+    worker.start()
+    for _ in range(1000):
+        if lost.requests:
+            break
+        time.sleep(0.01)
+    cluster.endpoints.finishing = {lost.endpoint}
+    worker.join(WAIT_S)
+    if has_tokens:
+        assert results[0].status_code == 503
+        assert other.requests == []
+        assert {request.weights_version for request in lost.requests[1:]} == {1}
+    else:
+        assert results[0].status_code == 200
+        assert [request.weights_version for request in other.requests] == [0]
