@@ -21,15 +21,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.cluster_metrics import build_cluster_metrics
 from cluster.errors import ChangeRefused, StoreUnavailable
+from cluster.upgrade import DEFAULT_DRAIN_TIMEOUT_S, DEFAULT_TIMEOUT_S
 
 MAX_BODY_BYTES = 1 << 20
 MAX_DRAIN_TIMEOUT_S = 86_400.0
 MAX_NAME_CHARACTERS = 256
 MAX_EXTRA_SHARE = 10.0
 MAX_PATH_CHARACTERS = 4096
-# Until everything of a new checkpoint is loaded, and for answers that were begun before.
-DEFAULT_UPGRADE_TIMEOUT_S = 3600.0
-DEFAULT_UPGRADE_DRAIN_S = 3600.0
 
 
 class Administered(Protocol):
@@ -126,8 +124,8 @@ def create_admin_app(controller: Administered, token_hash: str, viewer_hash: str
 
     async def upgrade(request: Request) -> Response:
         document = await _read_object(request)
-        timeout_s = _read_number(document, "timeout_s", DEFAULT_UPGRADE_TIMEOUT_S, MAX_DRAIN_TIMEOUT_S)
-        drain_timeout_s = _read_number(document, "drain_timeout_s", DEFAULT_UPGRADE_DRAIN_S, MAX_DRAIN_TIMEOUT_S)
+        timeout_s = _read_number(document, "timeout_s", DEFAULT_TIMEOUT_S, MAX_DRAIN_TIMEOUT_S)
+        drain_timeout_s = _read_number(document, "drain_timeout_s", DEFAULT_DRAIN_TIMEOUT_S, MAX_DRAIN_TIMEOUT_S)
         checkpoint = _read_text(document, "checkpoint", MAX_PATH_CHARACTERS)
         return JSONResponse({"upgrade": await controller.upgrade(checkpoint, timeout_s, drain_timeout_s)})
 

@@ -62,7 +62,7 @@ from cluster.spec import ClusterSpec, spec_from_json
 from cluster.status_view import build_plan_view, build_status
 from cluster.stored_table import memory_from_json, memory_to_json
 from cluster.track import Factory, Track
-from cluster.upgrade import narrow, plan_target, upgrade_from_json
+from cluster.upgrade import DEFAULT_DRAIN_TIMEOUT_S, DEFAULT_TIMEOUT_S, narrow, plan_target, upgrade_from_json
 from cluster.upgrade_preflight import Room, check_candidate, check_room
 from cluster.upgrader import Upgrader
 from experts.errors import ExpertsError
@@ -83,6 +83,8 @@ AUTOSCALE_INTERVAL_S = 1.0
 REPLICA_DRAIN_S = 30.0
 # Of which experts are asked for; every viewer of the status page and every scrape asks.
 EXPERT_LOAD_AGE_S = 2.0
+# Of tries to upgrade to what the settings name, as long as that is refused.
+WANTED_INTERVAL_S = 30.0
 _GOOD_REASON = "as it should be"
 
 T = TypeVar("T")
@@ -127,10 +129,12 @@ class ControllerLoop:
         wall_clock: Callable[[], float],
         fleet: Fleet | None = None,
         may_act: Callable[[], bool] = lambda: True,
+        wanted_checkpoint: str | None = None,
     ) -> None:
         """spec: as the cluster began; what the store says of a later checkpoint goes before. clock: seconds, monotonic.
         wall_clock: seconds since the epoch. fleet: the pods under the replicas; None
-        where nodes stay as they are. may_act: False while another controller may be at work; no turn begins then."""
+        where nodes stay as they are. may_act: False while another controller may be at work; no turn begins then.
+        wanted_checkpoint: what the settings name, which is upgraded to by itself; None: whoever asks decides."""
         self._may_act = may_act
         self._store = store
         self._prober = prober
@@ -183,6 +187,9 @@ class ControllerLoop:
         self._expert_load: dict[str, Any] | None = None
         self._expert_load_s = 0.0
         self._expert_load_lock = asyncio.Lock()
+        self._wanted_checkpoint = wanted_checkpoint
+        self._wanted_refusal: str | None = None
+        self._wanted_at_s = clock()
         # When the last turn ended, by the clock: proof that the loop moves.
         self.turned_s: float | None = None
 
@@ -215,7 +222,9 @@ class ControllerLoop:
         if not is_upgrading:
             await self._autoscale(plan)
         if self._follower is not None:
-            await self._follower.follow(self._list_followed(), may_renew=not is_upgrading)
+            # Pods that are made now are for the wanted checkpoint.
+            may_renew = not is_upgrading and self._wanted_checkpoint in (None, self._track.spec.checkpoint)
+            await self._follower.follow(self._list_followed(), may_renew=may_renew)
         if not self._observation.draining:
             if not is_upgrading:
                 await self._balancer.turn(
@@ -224,6 +233,7 @@ class ControllerLoop:
                     refusal=self._hosting_calls.take_refusal(),
                 )
             self._track = await self._upgrader.turn(self._track, self._get_observation, self._list_working_routers())
+            await self._follow_settings(plan)
         await self._store_events()
         return plan
 
@@ -421,6 +431,11 @@ class ControllerLoop:
         async with self._change_lock:
             self._check_changeable()
             track = self._track
+            if self._wanted_checkpoint not in (None, checkpoint):
+                raise ChangeRefused(
+                    f"the settings of this cluster name {self._wanted_checkpoint}: change them (model.folder of the "
+                    "chart), and the controller upgrades by itself"
+                )
             if not self._get_plan(track).is_settled(track.desired):
                 raise ChangeRefused("a change is under way: `shoal plan` shows it; upgrade once it is done")
             try:
@@ -441,6 +456,24 @@ class ControllerLoop:
             view = self._upgrader.get_view()
             assert view is not None
             return view
+
+    async def _follow_settings(self, plan: Plan) -> None:
+        """Begin an upgrade to the checkpoint that the settings name. One that failed is tried again only if it is asked
+        for."""
+        wanted, last = self._wanted_checkpoint, self._upgrader.upgrade
+        if wanted is None or wanted == self._track.spec.checkpoint or self._upgrader.is_busy:
+            return
+        if last is not None and last.phase == "failed" and last.target.checkpoint == wanted:
+            return
+        if self._clock() < self._wanted_at_s or not plan.is_settled(self._track.desired):
+            return
+        self._wanted_at_s = self._clock() + WANTED_INTERVAL_S
+        try:
+            await self.upgrade(wanted, DEFAULT_TIMEOUT_S, DEFAULT_DRAIN_TIMEOUT_S)
+        except (ChangeRefused, StoreUnavailable) as error:
+            if str(error) != self._wanted_refusal:
+                self._wanted_refusal = str(error)
+                self._events.add("upgrade", "refuse", str(error))
 
     async def abort_upgrade(self) -> dict[str, Any] | None:
         """Raises ChangeRefused if it is too late."""

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import uvicorn
 
@@ -213,8 +213,8 @@ class _Command:
         from cluster.record_store import RayRecordStore
 
         store = RayRecordStore()
-        check_same_cut(store.get(SPEC_KEY), self._spec)
-        store.put(SPEC_KEY, self._spec.to_json())
+        serving = take_over(store.get(SPEC_KEY), self._spec)
+        store.put(SPEC_KEY, serving.to_json())
         record = ControllerRecord(
             pid=os.getpid(),
             node=os.uname().nodename,
@@ -222,14 +222,15 @@ class _Command:
         )
         store.put(CONTROLLER_KEY, record.to_json())
         loop = ControllerLoop(
-            self._spec,
+            serving,
             store,
-            ActorFactory(self._spec),
+            ActorFactory(serving),
             Probes(load_cluster_tls(self._spec.tls_dir)),
             time.monotonic,
             time.time,
             backend,
             self._lease.is_held,
+            wanted_checkpoint=self._spec.checkpoint,
         )
         return loop, record
 
@@ -266,18 +267,31 @@ def _get_token(settings: ServeSettings) -> str:
     return secrets.token_urlsafe(32)
 
 
-def check_same_cut(stored: bytes | None, spec: ClusterSpec) -> None:
-    """Expert groups that run hold what they were made for; another cut needs another cluster beside this one."""
+def take_over(stored: bytes | None, spec: ClusterSpec) -> ClusterSpec:
+    """What goes on to serve, with these settings: the checkpoint that runs here already, until it is upgraded to that
+    of the settings. Raises StartError if what runs here was cut otherwise."""
     if stored is None:
-        return
+        return spec
     try:
-        before: Any = spec_from_json(stored)
+        before = spec_from_json(stored)
     except BadRecord as error:
         logger.warning("taking over without the spec of before: %s", error)
-        return
-    cuts = [[(group.name, group.hosted) for group in each.groups] for each in (before, spec)]
+        return spec
+    # Another checkpoint may be of another shape; the pods of its groups have the same names.
+    is_same = before.checkpoint == spec.checkpoint
+    cuts = [[(group.name, group.hosted if is_same else ()) for group in each.groups] for each in (before, spec)]
     if cuts[0] != cuts[1]:
         raise StartError(
             f"this Ray cluster runs {len(before.groups)} expert groups that are cut otherwise than the settings say: "
             "install another release beside it, move the traffic, and remove this one"
         )
+    return replace(
+        spec,
+        checkpoint=before.checkpoint,
+        weights_version=before.weights_version,
+        groups=spec.groups if is_same else before.groups,
+        # An upgrade has given them other ids.
+        router_ids=(*before.router_ids, *(id_ for id_ in spec.router_ids if id_ not in before.router_ids))[
+            : len(spec.router_ids)
+        ],
+    )

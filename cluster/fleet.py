@@ -12,7 +12,7 @@ from typing import Protocol
 
 from cluster.desired_state import DesiredState
 from cluster.event_log import Event
-from cluster.records import ReplicaRecord
+from cluster.records import ReplicaRecord, RouterRecord
 from cluster.spec import parse_replica_id
 
 
@@ -26,7 +26,7 @@ class FleetView:
 
 @dataclass(frozen=True, slots=True)
 class GroupDemand:
-    """num_pods: for every replica that should exist or still does. occupied: addresses of pods with such a replica."""
+    """num_pods: for every replica (or router) that should exist or still does. occupied: addresses of pods with one."""
 
     num_pods: int
     occupied: frozenset[str]
@@ -49,7 +49,9 @@ class Fleet(Protocol):
         """None: not known yet."""
         ...
 
-    def set_demand(self, demand: Mapping[str, GroupDemand]) -> None: ...
+    def set_demand(self, demand: Mapping[str, GroupDemand], routers: GroupDemand) -> None:
+        """demand: of replicas, by the name of their expert group. routers: of all routers together."""
+        ...
 
     def renew(self, address: str) -> None:
         """Have this pod deleted and another made from the current template, where that is ours to do."""
@@ -105,3 +107,12 @@ def join_demands(demands: Iterable[Mapping[str, GroupDemand]]) -> dict[str, Grou
             other = joined.get(name, GroupDemand(0, frozenset()))
             joined[name] = GroupDemand(own.num_pods + other.num_pods, own.occupied | other.occupied)
     return joined
+
+
+def measure_router_demand(
+    router_ids: Collection[str], records: Mapping[str, RouterRecord], existing_ids: Collection[str]
+) -> GroupDemand:
+    """router_ids: that should exist. existing_ids: actors that Ray knows."""
+    ids = {*router_ids, *(records.keys() & set(existing_ids))}
+    occupied = (record.node for router_id, record in records.items() if router_id in existing_ids)
+    return GroupDemand(len(ids), frozenset(occupied))

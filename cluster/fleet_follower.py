@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cluster import desired_state
 from cluster.desired_state import DesiredState
 from cluster.event_log import EventLog
-from cluster.fleet import Fleet, find_residents, join_demands, measure_demand
+from cluster.fleet import Fleet, find_residents, join_demands, measure_demand, measure_router_demand
 from cluster.planner import ActorState, Observation, Plan, is_ready
 from cluster.track import Track
 
@@ -79,11 +79,18 @@ class FleetFollower:
         assert track.plan is not None
         if may_renew and track.plan.is_settled(track.desired):
             await self._renew(followed[0], track.plan, view.outdated)
+        routers = [
+            measure_router_demand(
+                track.planned_spec.router_ids, observation.routers, observation.existing_ids or frozenset()
+            )
+            for track, observation, _ in followed
+        ]
         self._fleet.set_demand(
             join_demands(
                 measure_demand(track.desired, observation.replicas, observation.existing_ids or frozenset())
                 for track, observation, _ in followed
-            )
+            ),
+            join_demands({"routers": each} for each in routers)["routers"],
         )
         self._fleet.tell(self._events.take_new())
 

@@ -33,7 +33,7 @@ from cluster.event_log import Event
 from cluster.fleet import FleetLimits, FleetView, GroupDemand
 from cluster.kubernetes_api import KubernetesApi
 from cluster.kubernetes_watch import KubernetesWatch
-from cluster.pod_plan import GroupChange, clamp, plan_change, plan_renewal
+from cluster.pod_plan import GroupChange, clamp, plan_change, plan_renewal, share_out
 from cluster.pod_resources import ROUTER_RESOURCE
 from cluster.worker_groups import (
     Pod,
@@ -90,6 +90,7 @@ class KubernetesBackend:
         self._cluster: RayClusterView | None = None
         self._pods: Mapping[str, Pod] | None = None
         self._demand: Mapping[str, GroupDemand] | None = None
+        self._router_demand: GroupDemand | None = None
         # Address of the router pod that is to be renewed now.
         self._renewed: frozenset[str] = frozenset()
         # (reason, message) of Events that are still to be written; the oldest go if the API server is away for long.
@@ -138,21 +139,16 @@ class KubernetesBackend:
             cluster = self._cluster
         if cluster is None:
             return None
-        # The number of router pods is not ours: Ray's autoscaler makes more, or nobody does.
         return FleetLimits(
             max_pods={group.name: group.max_replicas for group in cluster.groups},
-            max_router_pods=sum(
-                group.max_replicas if self._scaling == "ray" else group.replicas
-                for group in cluster.groups
-                if ROUTER_RESOURCE in group.resources
-            ),
+            max_router_pods=sum(group.max_replicas for group in _list_router_groups(cluster)),
         )
 
-    def set_demand(self, demand: Mapping[str, GroupDemand]) -> None:
+    def set_demand(self, demand: Mapping[str, GroupDemand], routers: GroupDemand) -> None:
         with self._lock:
-            if demand == self._demand:
+            if (demand, routers) == (self._demand, self._router_demand):
                 return
-            self._demand = dict(demand)
+            self._demand, self._router_demand = dict(demand), routers
         self._wake.set()
 
     def renew(self, address: str) -> None:
@@ -220,17 +216,18 @@ class KubernetesBackend:
         """Bring every group to what is demanded. Returns False if something is left to do."""
         with self._lock:
             cluster, pods, demand, renewed = self._cluster, self._pods, self._demand, self._renewed
-        if self._scaling != "controller" or cluster is None or pods is None or demand is None:
+            routers = self._router_demand
+        if self._scaling != "controller" or cluster is None or pods is None or demand is None or routers is None:
             return True
+        demand = {**demand, **share_out(_list_router_groups(cluster), list(pods.values()), routers)}
         is_done = True
         for group in cluster.groups:
             own_pods = [pod for pod in pods.values() if pod.group_name == group.name]
-            if (wanted := demand.get(group.name)) is not None:
-                plan = functools.partial(plan_change, pods=own_pods, demand=wanted)
-            elif ROUTER_RESOURCE in group.resources:
-                plan = functools.partial(plan_renewal, pods=own_pods, addresses=renewed)
-            else:
+            if (wanted := demand.get(group.name)) is None:
                 continue
+            plan = functools.partial(plan_change, pods=own_pods, demand=wanted)
+            if ROUTER_RESOURCE in group.resources and plan(group) is None:
+                plan = functools.partial(plan_renewal, pods=own_pods, addresses=renewed)
             if plan(group) is None:
                 self._tell_limits(group, wanted)
                 continue
@@ -311,6 +308,10 @@ class KubernetesBackend:
             self._api.create_event(involved, action, message, warning=warning)
         except KubernetesError as error:
             logger.warning("no Event was written: %s", error)
+
+
+def _list_router_groups(cluster: RayClusterView) -> list[WorkerGroup]:
+    return [group for group in cluster.groups if ROUTER_RESOURCE in group.resources]
 
 
 def _was_leaving(pod: Pod | None) -> bool:

@@ -57,6 +57,21 @@ def plan_renewal(group: WorkerGroup, pods: Sequence[Pod], addresses: Collection[
     return GroupChange(group.replicas, named, "PodsRenewed", f"worker group {group.name}: renewing {', '.join(named)}")
 
 
+def share_out(groups: Sequence[WorkerGroup], pods: Sequence[Pod], demand: GroupDemand) -> dict[str, GroupDemand]:
+    """What each of several worker groups takes of a demand for pods that any of them may have: its fewest, and those
+    that are occupied, so that none has to choose among these; then the first ones that may have more."""
+    counts: dict[str, int] = {}
+    for group in groups:
+        occupied = sum(pod.group_name == group.name and pod.address in demand.occupied for pod in pods)
+        counts[group.name] = max(group.min_replicas, min(group.max_replicas, occupied))
+    missing = demand.num_pods - sum(counts.values())
+    for group in groups:
+        more = max(0, min(missing, group.max_replicas - counts[group.name]))
+        counts[group.name] += more
+        missing -= more
+    return {name: GroupDemand(count, demand.occupied) for name, count in counts.items()}
+
+
 def clamp(group: WorkerGroup, num_pods: int) -> int:
     """Within the group's own bounds; the operator would do so too, and not say it."""
     return max(group.min_replicas, min(group.max_replicas, num_pods))

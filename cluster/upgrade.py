@@ -36,6 +36,9 @@ from experts.model_config import ModelConfig
 Phase = Literal["loading", "routing", "finishing", "done", "undoing", "failed"]
 # A single failed start may be bad luck; the third in a row of the same actor is not.
 MAX_FAILED_STARTS = 3
+# Until everything of a new checkpoint is loaded, and for answers that were begun before.
+DEFAULT_TIMEOUT_S = 3600.0
+DEFAULT_DRAIN_TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)

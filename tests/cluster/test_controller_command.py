@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.cli import main
-from cluster.controller_command import check_same_cut, fit_replicas
+from cluster.controller_command import fit_replicas, take_over
 from cluster.errors import StartError
 from cluster.worker_groups import read_cluster
 from tests.cluster.fakes import make_spec
@@ -39,11 +39,20 @@ def test_without_a_way_to_the_api_the_remedy_is_said(
 
 def test_a_cluster_that_is_cut_otherwise_is_not_taken_over():
     spec = make_spec()
-    check_same_cut(None, spec)
-    check_same_cut(spec.to_json(), make_spec(num_replicas=3, num_routers=2))
-    check_same_cut(b"of another version", spec)
+    assert take_over(None, spec) is spec
+    assert take_over(b"of another version", spec) is spec
+    more = make_spec(num_replicas=3, num_routers=2)
+    assert take_over(spec.to_json(), more) == more
     with pytest.raises(StartError, match="another release"):
-        check_same_cut(replace(spec, groups=spec.groups[:1]).to_json(), spec)
+        take_over(replace(spec, groups=spec.groups[:1]).to_json(), spec)
+
+
+def test_what_serves_goes_on_until_it_is_upgraded_to_what_the_settings_name():
+    before = replace(make_spec(), checkpoint="/models/a", weights_version=2, router_ids=("r1",))
+    settings = replace(make_spec(num_routers=2), checkpoint="/models/b", expert_threads=7)
+    serving = take_over(before.to_json(), settings)
+    assert (serving.checkpoint, serving.weights_version, serving.expert_threads) == ("/models/a", 2, 7)
+    assert serving.router_ids == ("r1", "r0")
 
 
 def test_each_group_begins_within_the_bounds_of_its_worker_group():

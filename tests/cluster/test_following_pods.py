@@ -24,6 +24,7 @@ class FakeFleet:
     def __init__(self) -> None:
         self.view = FleetView()
         self.demand: Mapping[str, GroupDemand] = {}
+        self.routers = GroupDemand(0, frozenset())
         self.renewed: list[str] = []
         self.told: list[Event] = []
 
@@ -33,8 +34,9 @@ class FakeFleet:
     def get_limits(self) -> FleetLimits | None:
         return FleetLimits({"g0": 4, "g1": 4}, 8)
 
-    def set_demand(self, demand: Mapping[str, GroupDemand]) -> None:
+    def set_demand(self, demand: Mapping[str, GroupDemand], routers: GroupDemand) -> None:
         self.demand = demand
+        self.routers = routers
 
     def renew(self, address: str) -> None:
         self.renewed.append(address)

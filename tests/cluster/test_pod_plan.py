@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.fleet import GroupDemand
-from cluster.pod_plan import GroupChange, plan_change, plan_renewal
+from cluster.pod_plan import GroupChange, plan_change, plan_renewal, share_out
 from cluster.worker_groups import Pod, Template, WorkerGroup
 
 TEMPLATE = Template("shoal:1", "")
@@ -103,3 +103,18 @@ def test_a_pod_is_renewed_by_name_without_lowering_the_number_and_the_name_is_cl
 def test_an_address_that_no_pod_has_renews_nothing():
     assert plan_renewal(GROUP, [A, B], {"10.9.9.9"}) is None
     assert plan_renewal(GROUP, [A, B], ()) is None
+
+
+@pytest.mark.parametrize(
+    ("num_pods", "occupied", "counts"),
+    [(2, [A, C], [1, 1]), (4, [A, C], [3, 1]), (9, [], [3, 2]), (2, [A, B], [2, 1]), (0, [], [1, 1])],
+)
+def test_pods_that_any_of_several_groups_may_have_are_shared_out(num_pods: int, occupied: list[Pod], counts: list[int]):
+    """No group is left with fewer pods than are occupied in it."""
+    groups = [
+        replace(GROUP, name="small", min_replicas=1, max_replicas=3),
+        replace(GROUP, name="large", min_replicas=1, max_replicas=2),
+    ]
+    pods = [replace(A, group_name="small"), replace(B, group_name="small"), replace(C, group_name="large")]
+    shares = share_out(groups, pods, GroupDemand(num_pods, frozenset(pod.address for pod in occupied)))
+    assert [shares[group.name].num_pods for group in groups] == counts

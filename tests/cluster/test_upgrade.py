@@ -14,6 +14,7 @@ import pytest
 from cluster.controller import ControllerLoop
 from cluster.desired_state import begin
 from cluster.errors import ChangeRefused
+from cluster.fleet import FleetView
 from cluster.records import RouterRecord, StartState, router_key
 from cluster.router_endpoints import RecordedEndpoints
 from cluster.spec import ClusterSpec
@@ -30,6 +31,7 @@ from tests.cluster.fakes import (
     make_router,
     make_spec,
 )
+from tests.cluster.test_following_pods import FakeFleet
 from tests.random_checkpoint import write_random_checkpoint
 
 GB = 10**9
@@ -59,9 +61,16 @@ class Setting:
         self.num_running = {"r0": 0}
         self.loop = self.make_loop()
 
-    def make_loop(self) -> ControllerLoop:
+    def make_loop(self, fleet: FakeFleet | None = None, wanted: Path | None = None) -> ControllerLoop:
         return ControllerLoop(
-            self.spec, self.store, self.factory, self.prober, self.clock, lambda: 1000.0 + self.clock.now_s
+            self.spec,
+            self.store,
+            self.factory,
+            self.prober,
+            self.clock,
+            lambda: 1000.0 + self.clock.now_s,
+            fleet,
+            wanted_checkpoint=None if wanted is None else str(wanted),
         )
 
     async def turn(self, seconds: float = 1.0) -> None:
@@ -282,6 +291,66 @@ async def test_an_old_replica_that_dies_while_its_answers_are_finished_comes_bac
     assert setting.factory.created[-1] == "g1-0"
     record = json.loads(setting.store.values[b"replica/g1-0"])
     assert (record["weights_version"], record["weight_digest"]) == (1, "digest of g1")
+
+
+async def test_on_pods_there_are_as_many_again_while_it_lasts(folders: tuple[Path, Path]):
+    setting, fleet = Setting(folders[0]), FakeFleet()
+    setting.loop = setting.make_loop(fleet)
+    await setting.settle()
+    setting.num_running["r0"] = 1
+    await setting.loop.upgrade(str(folders[1]), 100, 100)
+    await setting.turn_until("finishing")
+    assert {name: demand.num_pods for name, demand in fleet.demand.items()} == {"g0": 2, "g1": 2}
+    assert fleet.routers.num_pods == 2
+    # A pod with a replica of the old weights is deleted: it moves, with its weights.
+    setting.store.publish(make_replica("g0-0", 1, node="pod a"))
+    fleet.view = FleetView(leaving=frozenset({"pod a"}))
+    await setting.turn()
+    await setting.turn()
+    assert json.loads(setting.store.values[b"replica/g0-2"])["weights_version"] == 1
+    setting.num_running["r0"] = 0
+    await setting.turn_until("done")
+    await setting.turn()
+    assert {name: demand.num_pods for name, demand in fleet.demand.items()} == {"g0": 1, "g1": 1}
+    assert fleet.routers.num_pods == 1
+
+
+async def test_what_the_settings_name_is_upgraded_to_by_itself_and_outdated_pods_wait(folders: tuple[Path, Path]):
+    old, new = folders
+    setting, fleet = Setting(old), FakeFleet()
+    setting.store.publish(make_replica("g0-0", 1, node="pod a"))
+    fleet.view = FleetView(outdated=frozenset({"pod a"}))
+    setting.loop = setting.make_loop(fleet, wanted=new)
+    with pytest.raises(ChangeRefused, match=f"name {new}: change them"):
+        await setting.settle()
+        await setting.turn_until("done")
+        await setting.loop.upgrade(str(old), 100, 100)
+    assert setting.loop.get_status()["checkpoint"] == str(new)
+    assert setting.factory.created == ["g0-1", "g1-1", "r1"]
+
+
+async def test_an_upgrade_that_the_settings_ask_for_and_that_fails_is_not_begun_again(folders: tuple[Path, Path]):
+    setting = Setting(folders[0])
+    setting.factory.changes[2] = {"state": StartState.FAILED, "message": "OSError: gone", "num_failed_starts": 2}
+    setting.loop = setting.make_loop(wanted=folders[1])
+    await setting.turn_until("failed")
+    setting.loop = setting.make_loop(wanted=folders[1])
+    for _ in range(4):
+        await setting.turn(40)
+    assert setting.list_steps()[-1] == "fail"
+    assert (await setting.loop.upgrade(str(folders[1]), 100, 100))["to"]["weights_version"] == 3
+
+
+async def test_a_refused_wish_of_the_settings_is_told_once_and_tried_again(folders: tuple[Path, Path]):
+    setting = Setting(folders[0])
+    setting.factory.available_bytes = 10**6
+    setting.loop = setting.make_loop(wanted=folders[1])
+    for _ in range(4):
+        await setting.turn(40)
+    assert setting.list_steps() == ["refuse"]
+    setting.factory.available_bytes = 10**12
+    await setting.turn(40)
+    assert setting.list_steps() == ["refuse", "begin"]
 
 
 def _spoil(folder: Path, file: str, **changes: Any) -> None:

@@ -26,7 +26,7 @@ def main(namespace: str, identity: str, num_pods: int) -> NoReturn:
     lease.start()
     lease.acquired.wait()
     print(f"leading {identity}", flush=True)
-    backend.set_demand({"g0": GroupDemand(num_pods, frozenset())})
+    backend.set_demand({"g0": GroupDemand(num_pods, frozenset())}, GroupDemand(1, frozenset()))
     backend.start()
     lease.lost.wait()
     # As `shoal controller` does: no thread of it may go on.

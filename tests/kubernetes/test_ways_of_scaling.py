@@ -53,7 +53,7 @@ def test_with_ray_s_autoscaler_nothing_is_written_but_events(place: Place):
     backend = KubernetesBackend(place.api, "ray", lambda: True)
     backend.start()
     try:
-        backend.set_demand({"g0": GroupDemand(4, frozenset())})
+        backend.set_demand({"g0": GroupDemand(4, frozenset())}, GroupDemand(1, frozenset()))
         backend.tell([Event(1, 0.0, "group g0", "change", "from g0-0 to g0-0,g0-1")])
         wait_for(
             lambda: "group g0: from g0-0 to g0-0,g0-1" in list_event_messages(place.server.admin, place.namespace), 20
@@ -68,7 +68,7 @@ def test_a_group_that_may_have_no_more_pods_is_said_once(place: Place):
     backend = KubernetesBackend(place.api, "controller", lambda: True)
     backend.start()
     try:
-        backend.set_demand({"g0": GroupDemand(9, frozenset())})
+        backend.set_demand({"g0": GroupDemand(9, frozenset())}, GroupDemand(1, frozenset()))
         wait_for(lambda: place.cluster.read_groups()["g0"]["replicas"] == 5, 20)
         said = "9 replicas of g0 need a pod, but its range is 0 to 5"
         wait_for(lambda: said in list_event_messages(place.server.admin, place.namespace), 20)

@@ -24,6 +24,9 @@
 {{- range .Values.routers -}}
 {{- if has .name $pools -}}{{- fail (printf "routers: the name %q is there twice" .name) -}}{{- end -}}
 {{- if regexMatch "^g[0-9]+$" .name -}}{{- fail (printf "routers: the name %q is that of an expert group" .name) -}}{{- end -}}
+{{- if and .maxReplicas (lt (int .maxReplicas) (int .replicas)) -}}
+{{- fail (printf "routers %q: maxReplicas %d is below replicas %d" .name (int .maxReplicas) (int .replicas)) -}}
+{{- end -}}
 {{- $pools = append $pools .name -}}
 {{- end -}}
 {{- $drain := float64 (default 120 .Values.settings.drain_timeout_s) -}}
