@@ -161,6 +161,9 @@ class Balancer:
         current.moved_s = self._clock()
         if placements is None:
             current.phase = "measuring"
+            self._events.add(
+                "balancer", "moved", f"experts are where they should be, after {current.num_rounds} rounds"
+            )
             return
         current.num_rounds += 1
         try:

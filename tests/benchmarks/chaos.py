@@ -96,6 +96,9 @@ class Cluster:
             raise SystemExit(f"shoal {' '.join(arguments)}: {result.stderr}")
         return json.loads(result.stdout)
 
+    def list_events(self, object_name: str) -> list[dict[str, Any]]:
+        return [event for event in self.run("events")["events"] if event["object"] == object_name]
+
     def wait_back(self, old: dict[str, Any], list_all: Callable[[], list[dict[str, Any]]]) -> None:
         def is_back() -> bool:
             return any(
@@ -149,7 +152,7 @@ def lose_router(folder: Path, sizes: Sizes) -> Outcome:
             os.kill(victim["pid"], signal.SIGKILL)
             running.wait_back(victim, lambda: running.status()["routers"])
         return Outcome(
-            running.judge("one of two routers killed", load), [Figure("longest gap", max(load.take_gaps()), "s")]
+            running.judge("one of two routers killed", load), [Figure("longest gap", max(load.list_gaps()), "s")]
         )
 
 
@@ -176,36 +179,32 @@ def rebalance(folder: Path, sizes: Sizes) -> Outcome:
     checkpoint = write_biased_checkpoint(folder.with_suffix(".checkpoint"), HOT_EXPERTS)
     with cluster(folder, sizes, "--combine", "exact", checkpoint=checkpoint) as running:
         with running.load() as load:
-            load.take_gaps()
-            started_s = time.monotonic()
             time.sleep(LOAD_WINDOW_S)
             # Costs the machine as much as the command that moves.
             running.run("rebalance", "--dry-run")
-            calm = load.take_gaps()
-            calm_s, started_s = time.monotonic() - started_s, time.monotonic()
             current = running.run("rebalance")
-            moving = load.take_gaps()
-            moving_s = time.monotonic() - started_s
-            # As long without a move as with it: the longest of more gaps is longer.
-            time.sleep(max(0.0, moving_s - calm_s))
-            calm += load.take_gaps()
+            events = {event["action"]: event["time"] for event in running.list_events("balancer")}
+            began_s, moved_s = events["begin"], events["moved"]
+            # As long without a move as with it, before and after: the longest of more gaps is longer.
+            wait_for(lambda: time.time() - moved_s >= moved_s - began_s, WAIT_S)
         measured = current["measured"]
         before, after = measured["before"], measured["after"]
-        step_s = statistics.median(calm)
-        pause = (max(moving) - max(calm)) / step_s
+        moving = load.list_gaps(began_s, moved_s)
+        calm = load.list_gaps(2 * began_s - moved_s, began_s) + load.list_gaps(moved_s, 2 * moved_s - began_s)
+        pause = (max(moving) - max(calm)) / statistics.median(calm)
         figures = [
             Figure("rows per group, max/mean, before", before["rows_max_over_mean"], "ratio"),
             Figure("rows per group, max/mean, expected", current["expected"]["after"]["rows_max_over_mean"], "ratio"),
-            Figure("rounds", current["rounds"], "rounds", {"seconds": round(moving_s, 1)}),
-            summarize("gap between tokens, nothing moves", calm, "s", longest=max(calm)),
-            summarize("gap between tokens, experts move", moving, "s", longest=max(moving)),
+            Figure("experts moved in", moved_s - began_s, "s", {"rounds": current["rounds"]}),
+            summarize("gap between tokens while experts move", moving, "s", longest=max(moving)),
+            summarize("gap between tokens as long before and after", calm, "s", longest=max(calm)),
             Figure("pairs per second before", before["pairs_per_s"], "pairs/s"),
         ]
         copies = current["expected"]["after"]["copies"] / current["expected"]["before"]["copies"]
         bars = [
             Bar("rebalanced live: rows per group, max/mean", MOST_IMBALANCE, after["rows_max_over_mean"], "", "low"),
             Bar("rebalanced live: copies of experts", 1 + EXTRA_SHARE, copies, "times", "low"),
-            Bar("rebalanced live: longest gap, beyond that without a move", 1.0, pause, "median gaps", "low"),
+            Bar("rebalanced live: longest gap, beyond that before and after", 1.0, pause, "median gaps", "low"),
             Bar("rebalanced live: throughput", 0.95, after["pairs_per_s"] / before["pairs_per_s"], "times", "high"),
         ]  # fmt: skip
         return Outcome([*bars, *running.judge("rebalanced live", load)], figures)
@@ -268,24 +267,25 @@ def lose_control_plane(folder: Path, sizes: Sizes) -> Outcome:
         gcs = running.find_process("gcs_server")
         with running.load() as load:
             time.sleep(LOAD_WINDOW_S * sizes.gcs_share)
-            calm_s = max(load.take_gaps())
+            stopped_s = time.time()
             gcs.suspend()
             time.sleep(GCS_STOP_S * sizes.gcs_share)
             num_before = len(load.texts)
             wait_for(lambda: len(load.texts) > num_before, WAIT_S)
             gcs.resume()
-            stopped_gap_s = max(load.take_gaps())
+        calm, stopped = load.list_gaps(until_s=stopped_s), load.list_gaps(stopped_s)
         bars = running.judge("gcs_server stopped", load)
         with running.load() as load:
+            killed_s = time.time()
             gcs.kill()
             time.sleep(GCS_KILL_S * sizes.gcs_share)
             num_before = len(load.texts)
             wait_for(lambda: len(load.texts) > num_before, WAIT_S)
-            killed_gap_s = max(load.take_gaps())
+        killed = load.list_gaps(killed_s)
         figures = [
-            Figure("longest gap before", calm_s, "s"),
-            Figure("longest gap while gcs_server was stopped", stopped_gap_s, "s"),
-            Figure("longest gap after gcs_server was killed", killed_gap_s, "s"),
+            summarize("gap between tokens before", calm, "s", longest=max(calm)),
+            summarize("gap between tokens while gcs_server was stopped", stopped, "s", longest=max(stopped)),
+            summarize("gap between tokens after gcs_server was killed", killed, "s", longest=max(killed)),
         ]
         return Outcome([*bars, *running.judge("gcs_server killed", load)], figures)
 

@@ -88,7 +88,7 @@ async def test_the_gain_is_told_as_expected_and_then_as_measured():
         "before": {"rows_max_over_mean": 1.5, "pairs_per_s": 400.0},
         "after": {"rows_max_over_mean": pytest.approx(1.0244), "pairs_per_s": 410.0},
     }
-    assert setting.actions == ["begin", "done"]
+    assert setting.actions == ["begin", "moved", "done"]
 
 
 async def test_little_memory_takes_several_rounds():

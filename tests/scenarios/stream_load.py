@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from typing import NamedTuple
 
 from tests.ray.serve_process import stream_chat, wait_for
 
 JOIN_S = 60.0
+
+
+class Gap(NamedTuple):
+    """Between two pieces of one stream. ended_s: of time.time(), as the times of events are."""
+
+    length_s: float
+    ended_s: float
 
 
 class StreamLoad:
@@ -16,17 +25,15 @@ class StreamLoad:
     def __init__(self, url: str, num_streams: int, max_tokens: int) -> None:
         self.texts: list[str] = []
         self.failures: list[str] = []
-        # Between two pieces of one stream, in seconds, since take_gaps().
-        self._gaps: list[float] = []
+        self.gaps: list[Gap] = []
         self._url = url
         self._max_tokens = max_tokens
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_streams)]
 
-    def take_gaps(self) -> list[float]:
-        """Between two pieces of one stream, in seconds, of all streams since the last call."""
-        gaps, self._gaps = self._gaps, []
-        return gaps
+    def list_gaps(self, since_s: float = 0.0, until_s: float = math.inf) -> list[float]:
+        """In seconds, of those that ended in a span of time.time()."""
+        return [gap.length_s for gap in self.gaps if since_s <= gap.ended_s < until_s]
 
     def __enter__(self) -> StreamLoad:
         for thread in self._threads:
@@ -52,8 +59,8 @@ class StreamLoad:
         text = ""
         last_s: float | None = None
         for piece in stream_chat(self._url, self._max_tokens):
-            now_s = time.monotonic()
+            now_s = time.time()
             if last_s is not None:
-                self._gaps.append(now_s - last_s)
+                self.gaps.append(Gap(now_s - last_s, now_s))
             text, last_s = text + piece, now_s
         return text
