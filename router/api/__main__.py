@@ -26,6 +26,9 @@ from router.tenancy.errors import TenancyError
 from router.tenancy.open_access import check_open_access
 
 _DRAIN_TIMEOUT_S = 30
+# Longer than clients keep an idle connection (httpx, and so the openai client: 5 s, which is uvicorn's default, too).
+# The client must close first: a request that meets the server's close on its way is lost with a reset connection.
+_KEEP_ALIVE_S = 75
 
 
 def main() -> int:
@@ -59,6 +62,7 @@ def main() -> int:
         log_level="warning",
         log_config=None,
         timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         server_header=False,
         ssl_certfile=arguments.tls_cert,
         ssl_keyfile=arguments.tls_key,

@@ -36,6 +36,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from router.api.lingering_response import LingeringResponse
+
 
 class ApiError(Exception):
     """An answer with an error status."""
@@ -190,7 +192,9 @@ _STATUS_MESSAGES = {
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+    is_last = error.headers.get("Connection") == "close"
+    response = LingeringResponse if is_last else JSONResponse
+    return response(error.body(), status_code=error.status, headers=error.headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -20,9 +20,6 @@ from router.api.errors import BadRequest, BodyTooLarge, ClientGone, RequestTimed
 
 # Bodies up to here are decoded on the event loop: about a millisecond at most.
 _INLINE_BYTES = 64 * 1024
-# The rest of an oversized body is read and dropped up to this multiple of the limit, so that a client that is still
-# sending gets to see its 413 instead of a broken connection.
-_DISCARD_FACTOR = 4
 # No field takes more than 64 bits; Python would otherwise spend quadratic time on the digits.
 _MAX_DIGITS = 20
 
@@ -54,20 +51,15 @@ async def _read_bounded(request: Request, max_bytes: int) -> bytes:
         f"The request body must not be larger than {max_bytes} bytes.", headers={"Connection": "close"}
     )
     claimed = request.headers.get("content-length", "")
-    if claimed.isdecimal() and (len(claimed) > _MAX_DIGITS or int(claimed) > _DISCARD_FACTOR * max_bytes):
+    if claimed.isdecimal() and (len(claimed) > _MAX_DIGITS or int(claimed) > max_bytes):
         raise too_large
     chunks: list[bytes] = []
     num_bytes = 0
     async for chunk in request.stream():
         num_bytes += len(chunk)
-        if num_bytes <= max_bytes:
-            chunks.append(chunk)
-            continue
-        chunks.clear()
-        if num_bytes > _DISCARD_FACTOR * max_bytes:
-            break
-    if num_bytes > max_bytes:
-        raise too_large
+        if num_bytes > max_bytes:
+            raise too_large
+        chunks.append(chunk)
     return b"".join(chunks)
 
 

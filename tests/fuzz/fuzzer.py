@@ -1,6 +1,6 @@
 """Sends fuzzed requests, many at once, and looks at every answer: no 5xx, no hang, one shape of error.
 
-A victim sends a proper request over and over meanwhile: it must be served as ever.
+A victim sends a proper request over and over meanwhile, from a process of its own: what it waits for is the server.
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing
+import multiprocessing.synchronize
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import httpx
@@ -42,29 +45,29 @@ class FuzzReport:
         return statistics.quantiles(self.victim_s, n=100)[percent - 1]
 
 
-async def run_fuzz(url: str, seeds: Sequence[int], *, parallel: int) -> FuzzReport:
-    report = FuzzReport()
-    remaining = iter(seeds)
-    limits = httpx.Limits(max_connections=parallel + 1, max_keepalive_connections=parallel + 1)
-    started_s = time.monotonic()
-    async with httpx.AsyncClient(base_url=url, timeout=HANG_S, limits=limits, trust_env=False) as client:
-        victim = asyncio.create_task(_suffer(url, report))
-        async with asyncio.TaskGroup() as group:
-            for _ in range(parallel):
-                group.create_task(_work(client, remaining, report))
-        victim.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await victim
-    report.seconds = time.monotonic() - started_s
+def run_fuzz(
+    url: str, seeds: Sequence[int], *, parallel: int, make: Callable[[int], FuzzRequest] = make_request
+) -> FuzzReport:
+    """make: the request of a seed."""
+    spawning = multiprocessing.get_context("spawn")
+    is_over = spawning.Event()
+    with ProcessPoolExecutor(1, spawning, _keep, (is_over,)) as victims:
+        victim = victims.submit(_suffer_on, url)
+        try:
+            report = asyncio.run(_run(url, seeds, parallel, make))
+        finally:
+            is_over.set()
+        report.victim_s, failures = victim.result(2 * HANG_S)
+    report.failures += failures
     return report
 
 
-async def measure_victim(url: str, num_requests: int) -> FuzzReport:
+def measure_victim(url: str, num_requests: int) -> FuzzReport:
     """The victim alone."""
     report = FuzzReport()
-    async with httpx.AsyncClient(base_url=url, timeout=HANG_S, trust_env=False) as client:
+    with httpx.Client(base_url=url, timeout=HANG_S, trust_env=False) as client:
         for _ in range(num_requests):
-            await _suffer_once(client, report)
+            _suffer_once(client, report.victim_s, report.failures)
     return report
 
 
@@ -72,9 +75,24 @@ def sum_resident_bytes(pids: Sequence[int]) -> int:
     return sum(psutil.Process(pid).memory_info().rss for pid in pids)
 
 
-async def _work(client: httpx.AsyncClient, remaining: Iterator[int], report: FuzzReport) -> None:
+async def _run(url: str, seeds: Sequence[int], parallel: int, make: Callable[[int], FuzzRequest]) -> FuzzReport:
+    report = FuzzReport()
+    remaining = iter(seeds)
+    limits = httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel)
+    started_s = time.monotonic()
+    async with httpx.AsyncClient(base_url=url, timeout=HANG_S, limits=limits, trust_env=False) as client:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(parallel):
+                group.create_task(_work(client, remaining, report, make))
+    report.seconds = time.monotonic() - started_s
+    return report
+
+
+async def _work(
+    client: httpx.AsyncClient, remaining: Iterator[int], report: FuzzReport, make: Callable[[int], FuzzRequest]
+) -> None:
     for seed in remaining:
-        request = make_request(seed)
+        request = make(seed)
         try:
             status, problem = await _send(client, request)
         except httpx.TimeoutException:
@@ -125,20 +143,31 @@ def _loads(text: str) -> object:
         return None
 
 
-async def _suffer(url: str, report: FuzzReport) -> None:
-    """On connections of its own: those of broken requests are closed by the server."""
-    async with httpx.AsyncClient(base_url=url, timeout=HANG_S, trust_env=False) as client:
-        while True:
-            await _suffer_once(client, report)
+_is_over: multiprocessing.synchronize.Event
 
 
-async def _suffer_once(client: httpx.AsyncClient, report: FuzzReport) -> None:
+def _keep(is_over: multiprocessing.synchronize.Event) -> None:
+    global _is_over
+    _is_over = is_over
+
+
+def _suffer_on(url: str) -> tuple[list[float], list[str]]:
+    """Until it is over. Returns how long each request took, and what went wrong."""
+    times_s: list[float] = []
+    failures: list[str] = []
+    with httpx.Client(base_url=url, timeout=HANG_S, trust_env=False) as client:
+        while not _is_over.is_set():
+            _suffer_once(client, times_s, failures)
+    return times_s, failures
+
+
+def _suffer_once(client: httpx.Client, times_s: list[float], failures: list[str]) -> None:
     started_s = time.monotonic()
     try:
-        answered = await client.post("/v1/completions", json=VICTIM_BODY)
+        answered = client.post("/v1/completions", json=VICTIM_BODY)
     except httpx.TransportError as error:
-        report.failures.append(f"the victim's connection: {error!r}")
+        failures.append(f"the victim's connection: {error!r}")
         return
-    report.victim_s.append(time.monotonic() - started_s)
+    times_s.append(time.monotonic() - started_s)
     if answered.status_code != 200:
-        report.failures.append(f"the victim got {answered.status_code}")
+        failures.append(f"the victim got {answered.status_code}")

@@ -5,6 +5,7 @@ Bodies are bytes, since much of what is wrong with a body is not to be had from 
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -84,6 +85,12 @@ BASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/tokenize", {"messages": MESSAGES}),
     ("/detokenize", {"tokens": [5, 6, 7]}),
 )
+
+
+# What repetitions may come to: four of them, one in another, would come to terabytes. One in 50 may make a body that is
+# larger than bodies may be.
+MAX_REPEATED_BYTES = 200 * 1024
+MAX_HUGE_BYTES = 10 * 1024 * 1024
 
 
 class Raw(str):
@@ -178,6 +185,12 @@ def make_request(seed: int) -> FuzzRequest:
     return FuzzRequest(path, body, headers, leaves=random_.random() < 0.03)
 
 
+def make_proper_request(seed: int) -> FuzzRequest:
+    """The same mix of routes, and nothing wrong with it."""
+    path, base = random.Random(seed).choice(BASES)
+    return FuzzRequest(path, _encode(base).encode(), {"Content-Type": "application/json"}, leaves=False)
+
+
 def _encode(value: Any) -> str:
     if isinstance(value, Raw):
         return value
@@ -198,12 +211,17 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def _junk(random_: random.Random) -> Any:
+    """A copy: later changes go into it, and must not reach the next request."""
+    return copy.deepcopy(random_.choice(JUNK))
+
+
 def _replace(value: Any, random_: random.Random) -> Any:
     places = _places(value)
     if not places:
-        return random_.choice(JUNK)
+        return _junk(random_)
     container, key = random_.choice(places)
-    container[key] = random_.choice(JUNK)
+    container[key] = _junk(random_)
     return value
 
 
@@ -217,7 +235,7 @@ def _remove(value: Any, random_: random.Random) -> Any:
 
 def _add(value: Any, random_: random.Random) -> Any:
     if isinstance(value, dict):
-        value[random_.choice(_NAMES)] = random_.choice(JUNK)
+        value[random_.choice(_NAMES)] = _junk(random_)
     return value
 
 
@@ -225,7 +243,9 @@ def _repeat(value: Any, random_: random.Random) -> Any:
     places = [place for place in _places(value) if isinstance(place[0][place[1]], list | str)]
     if places:
         container, key = random_.choice(places)
-        container[key] = container[key] * random_.choice((2, 100, 2000))
+        # By the whole: what is repeated may stand in many places, since a repeated list has the same parts again.
+        most = (MAX_HUGE_BYTES if random_.random() < 0.02 else MAX_REPEATED_BYTES) // len(_encode(value))
+        container[key] = container[key] * max(1, min(most, random_.choice((2, 100, 2000))))
     return value
 
 

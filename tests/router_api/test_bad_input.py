@@ -174,6 +174,24 @@ def test_a_body_over_the_limit_that_does_not_say_so(http: httpx.Client) -> None:
     check_refused(http.post("/v1/completions", content=chunks(), headers=headers), 413)
 
 
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_client_that_sends_on_after_it_was_refused(api: ApiServer, says_so: bool) -> None:
+    """It sees its answer and not a reset connection, however much it still has to send."""
+    num_chunks = 400
+    length = f"Content-Length: {num_chunks * 65536}" if says_so else "Transfer-Encoding: chunked"
+    chunk = b"x" * 65536 if says_so else b"10000\r\n" + b"x" * 65536 + b"\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", api.port), timeout=10.0) as connection:
+        connection.sendall(head.encode())
+        for _ in range(num_chunks):
+            connection.sendall(chunk)
+        if not says_so:
+            connection.sendall(b"0\r\n\r\n")
+        with connection.makefile("rb") as answered:
+            text = answered.read()
+    assert text.startswith(b"HTTP/1.1 413") and b"request_too_large" in text
+
+
 @pytest.mark.parametrize(
     "headers", [{"content-type": "text/plain"}, {"content-type": "application/json", "content-encoding": "gzip"}]
 )
