@@ -36,6 +36,7 @@ from experts.group import ExpertGroup
 from experts.kernels.cpu_ffn import PackedExpert, PackedMatrix, ScaledWeight, WeightArena
 from experts.kernels.expert_kernel import choose_expert_kernel
 from experts.model_config import ModelConfig
+from experts.quantization import quantize_block
 from experts.server import ExpertServer, ReplicaIdentity
 from experts.weights import ExpertWeights
 from experts.wire import ComputeFrame, WireFormat
@@ -281,17 +282,18 @@ def copy_matrix(matrix: PackedMatrix, room: WeightArena) -> PackedMatrix:
 
 
 def draw_weight(rows: int, columns: int, generator: np.random.Generator) -> ScaledWeight:
-    """A panel of random bytes but NaN's over and over, scaled so that activations stay finite.
+    """A panel of normally distributed weights over and over: as in a checkpoint, few are zero or subnormal, which takes
+    longer.
 
     In a mapping that ends with it: malloc would keep its memory (cluster/data_plane_env.py).
     """
-    panel = generator.integers(0, 0xFE, (min(rows, BLOCK[0]), columns), dtype=np.uint8)
-    panel += panel >= 0x7F
+    normal = generator.standard_normal((min(rows, BLOCK[0]), columns), dtype=np.float32) / columns**0.5
+    panel, scales = quantize_block(torch.from_numpy(normal), BLOCK)
+    panel = panel.view(torch.uint8)
     values = torch.frombuffer(mmap.mmap(-1, rows * columns), dtype=torch.uint8).view(rows, columns)
     for start in range(0, rows, len(panel)):
-        values[start : start + len(panel)] = torch.from_numpy(panel[: rows - start])
-    scales = torch.full((-(-rows // BLOCK[0]), -(-columns // BLOCK[1])), 1e-4)
-    return ScaledWeight(values.view(torch.float8_e4m3fn), scales, BLOCK)
+        values[start : start + len(panel)] = panel[: rows - start]
+    return ScaledWeight(values.view(torch.float8_e4m3fn), scales.repeat(-(-rows // BLOCK[0]), 1), BLOCK)
 
 
 def print_line(ready: dict[str, Any]) -> None:
