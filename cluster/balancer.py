@@ -3,8 +3,9 @@ measured.
 
 It plans from what replicas have counted (cluster/rebalancer.py), writes what groups should hold into the desired state,
 and the controller's turns do the rest (cluster/hosting.py). Where memory does not suffice for all new experts beside
-all old ones, it goes in rounds. Asked for by `shoal rebalance`, or by itself every so often; a balancer that no longer
-looks, or does not get on, is told by an alarm, since nothing else would show it: tokens flow, only slower.
+all old ones, it goes in rounds. How far it is is kept in the store, so a controller that is restarted goes on with it.
+Asked for by `shoal rebalance`, or by itself every so often; a balancer that no longer looks, or does not get on, is
+told by an alarm, since nothing else would show it: tokens flow, only slower.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from cluster.errors import ChangeRefused, ClusterError
+from cluster.errors import ChangeRefused, ClusterError, StoreUnavailable
 from cluster.event_log import EventLog
 from cluster.hosting import Hosting, Ranges
 from cluster.rebalance_view import Proposal, plan_moves
+from cluster.rebalancing import Rebalancing, Throughput
 from experts.load_meter import WINDOW_S
 
 logger = logging.getLogger(__name__)
@@ -33,55 +34,6 @@ PLAN_TIMEOUT_S = 60.0
 # By itself it moves nothing for less, of the time that layers take.
 LEAST_GAIN = 0.05
 
-Phase = Literal["moving", "measuring", "done", "failed"]
-
-
-class Throughput(NamedTuple):
-    """(row, expert) pairs per second over the load window, by group."""
-
-    pairs_per_s: Mapping[str, float]
-
-    @property
-    def max_over_mean(self) -> float | None:
-        """None without any load."""
-        total = sum(self.pairs_per_s.values())
-        return None if total <= 0 else max(self.pairs_per_s.values()) * len(self.pairs_per_s) / total
-
-    def to_json(self) -> dict[str, Any]:
-        most = self.max_over_mean
-        return {
-            "rows_max_over_mean": None if most is None else round(most, 4),
-            "pairs_per_s": round(sum(self.pairs_per_s.values()), 1),
-        }
-
-
-@dataclass(slots=True)
-class Rebalancing:
-    """One that was begun. moved_s: when it last got on; of the balancer's clock."""
-
-    number: int
-    proposal: Proposal
-    reason: str
-    before: Throughput
-    moved_s: float
-    phase: Phase = "moving"
-    num_rounds: int = 0
-    after: Throughput | None = None
-    failure: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "number": self.number,
-            "phase": self.phase,
-            "reason": self.reason,
-            "rounds": self.num_rounds,
-            "expected": dict(self.proposal.view),
-            "measured": None
-            if self.after is None
-            else {"before": self.before.to_json(), "after": self.after.to_json()},
-            "failure": self.failure,
-        }
-
 
 class Balancer:
     """Turned by the controller; lives on its event loop."""
@@ -93,21 +45,25 @@ class Balancer:
         propose: Callable[[float], Awaitable[Proposal]],
         rehost: Callable[[Mapping[str, Ranges], str], Awaitable[object]],
         measure: Callable[[], Throughput],
+        keep: Callable[[bytes], Awaitable[None]],
         *,
         interval_s: float | None,
         extra_share: float,
     ) -> None:
         """propose: a plan for this part of extra memory. rehost: have groups hold this, for a reason; raises
-        ClusterError. measure: what groups compute now. interval_s: how often it looks by itself; None: never."""
+        ClusterError. measure: what groups compute now. keep: Rebalancing.to_record() for a successor; raises
+        StoreUnavailable. interval_s: how often it looks by itself; None: never."""
         self._events = events
         self._clock = clock
         self._propose = propose
         self._rehost = rehost
         self._measure = measure
+        self._keep = keep
         self._interval_s = interval_s
         self._extra_share = extra_share
         self._current: Rebalancing | None = None
-        self._num_begun = 0
+        self._is_kept = True
+        self._begin_lock = asyncio.Lock()
         self._looked_s = clock()
         self._look: asyncio.Task[None] | None = None
         self._alarm: str | None = None
@@ -115,18 +71,28 @@ class Balancer:
     async def begin(self, extra_share: float, reason: str) -> dict[str, Any]:
         """Plan and start to move. Returns get_view(). Raises ChangeRefused while another one is under way or if there
         is nothing to gain, or what rehost raises."""
-        self._refuse_second()
-        proposal = await self._propose(extra_share)
-        self._refuse_second()
-        if proposal.is_idle:
-            raise ChangeRefused("there is nothing to move: groups are as even as this memory can make them")
-        self._num_begun += 1
-        self._current = Rebalancing(self._num_begun, proposal, reason, self._measure(), self._clock())
+        async with self._begin_lock:
+            self._refuse_second()
+            proposal = await self._propose(extra_share)
+            if proposal.is_idle:
+                raise ChangeRefused("there is nothing to move: groups are as even as this memory can make them")
+            number = 1 if self._current is None else self._current.number + 1
+            current = Rebalancing(number, proposal, reason, self._measure(), self._clock())
+            await self._keep(current.to_record())
+            self._current = current
         before, after = (proposal.view[key]["imbalance"] for key in ("before", "after"))
         self._events.add(
             "balancer", "begin", f"slowest group over the mean {before:.2f}, expected {after:.2f}: {reason}"
         )
         return self.get_view()
+
+    def restore(self, current: Rebalancing) -> None:
+        """Go on with what a predecessor began."""
+        self._current = current
+        if current.phase == "moving":
+            self._events.add(
+                "balancer", "continue", f"where another controller ended, round {current.num_rounds}: {current.reason}"
+            )
 
     async def turn(self, hosting: Hosting, *, is_settled: bool, refusal: str | None) -> None:
         """hosting: that of the last plan. is_settled: every replica holds what it should and every router knows.
@@ -140,6 +106,12 @@ class Balancer:
         elif self._is_due(now_s) and is_settled:
             self._look = asyncio.create_task(self._look_by_itself())
         self._watch(now_s)
+        if self._current is not None and not self._is_kept:
+            try:
+                await self._keep(self._current.to_record())
+                self._is_kept = True
+            except StoreUnavailable as error:
+                logger.warning("how far a rebalancing is is not kept: %s", error)
 
     def get_view(self) -> dict[str, Any]:
         """For the admin API. alarm: None, or one line."""
@@ -161,11 +133,13 @@ class Balancer:
         current.moved_s = self._clock()
         if placements is None:
             current.phase = "measuring"
+            self._is_kept = False
             self._events.add(
                 "balancer", "moved", f"experts are where they should be, after {current.num_rounds} rounds"
             )
             return
         current.num_rounds += 1
+        self._is_kept = False
         try:
             await self._rehost(placements, f"{current.reason}, round {current.num_rounds}")
         except ClusterError as error:
@@ -180,11 +154,13 @@ class Balancer:
             logger.warning("a rebalancing that failed is still desired: %s", error)
             return
         current.phase = "failed"
+        self._is_kept = False
         self._events.add("balancer", "fail", f"experts stay where they are: {current.failure}")
 
     def _finish(self, current: Rebalancing) -> None:
         current.after = self._measure()
         current.phase = "done"
+        self._is_kept = False
         before, after = current.before.to_json(), current.after.to_json()
         self._events.add(
             "balancer",

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from cluster import autoscaler, desired_state
 from cluster.autoscaler import Decision, GroupMemory, ReplicaLoad, compute_group_load, find_rule
-from cluster.balancer import Balancer, Throughput
+from cluster.balancer import Balancer
 from cluster.desired_state import DesiredGroup, DesiredState
 from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
@@ -43,6 +43,7 @@ from cluster.planner import (
     compute_plan,
 )
 from cluster.rebalance_view import Proposal, build_proposal, sum_pairs
+from cluster.rebalancing import Throughput, rebalancing_from_record
 from cluster.record_store import RecordStore
 from cluster.records import (
     EVENTS_KEY,
@@ -54,6 +55,7 @@ from cluster.records import (
     ReplicaRecord,
     RouterRecord,
     desired_key,
+    rebalancing_key,
     replica_key,
     table_key,
 )
@@ -181,6 +183,7 @@ class ControllerLoop:
                 lambda desired: desired_state.rehost(desired, placements), f"rebalanced: {reason}"
             ),
             self._measure_throughput,
+            lambda record: self._put(rebalancing_key(self._track.spec.weights_version), record),
             interval_s=spec.rebalance_interval_s,
             extra_share=spec.rebalance_extra_share,
         )
@@ -644,6 +647,7 @@ class ControllerLoop:
                     self._track = Track(each, self._track.factory.for_spec(each), desired_state.begin(each))
         except BadRecord as error:
             logger.warning("starting without what a predecessor left: %s", error)
+        await self._load_rebalancing()
         await self._load_track(self._track)
         if upgrade is not None:
             beside = None
@@ -652,6 +656,18 @@ class ControllerLoop:
                 beside = Track(upgrade.beside, factory, desired_state.begin(upgrade.beside))
                 await self._load_track(beside)
             self._upgrader.restore(upgrade, beside)
+
+    async def _load_rebalancing(self) -> None:
+        stored = await self._fetch(rebalancing_key(self._track.spec.weights_version))
+        if stored is None:
+            return
+        try:
+            rebalancing = rebalancing_from_record(stored, self._clock())
+        except BadRecord as error:
+            logger.warning("starting without what a predecessor left: %s", error)
+            return
+        if set(rebalancing.proposal.group_names) == {group.name for group in self._track.spec.groups}:
+            self._balancer.restore(rebalancing)
 
     async def _load_track(self, track: Track) -> None:
         version = track.spec.weights_version

@@ -32,6 +32,7 @@ DESIRED_KEY = b"desired"
 TABLE_KEY = b"table"
 EVENTS_KEY = b"events"
 UPGRADE_KEY = b"upgrade"
+REBALANCING_KEY = b"rebalancing"
 CONTROLLER_KEY = b"controller"
 REPLICA_PREFIX = b"replica/"
 ROUTER_PREFIX = b"router/"
@@ -133,6 +134,10 @@ def desired_key(weights_version: int) -> bytes:
 
 def table_key(weights_version: int) -> bytes:
     return TABLE_KEY if weights_version == 1 else TABLE_KEY + b"/%d" % weights_version
+
+
+def rebalancing_key(weights_version: int) -> bytes:
+    return REBALANCING_KEY + b"/%d" % weights_version
 
 
 def replica_key(replica_id: str) -> bytes:

@@ -17,7 +17,7 @@ from cluster.desired_state import DesiredState
 from cluster.errors import ChangeRefused
 from cluster.event_log import EventLog
 from cluster.planner import Memory, Observation
-from cluster.records import SPEC_KEY, UPGRADE_KEY, desired_key, router_key, table_key
+from cluster.records import SPEC_KEY, UPGRADE_KEY, desired_key, rebalancing_key, router_key, table_key
 from cluster.spec import ClusterSpec
 from cluster.track import Track
 from cluster.upgrade import (
@@ -282,6 +282,7 @@ class Upgrader:
         self.beside = None
         await self._delete(desired_key(gone.spec.weights_version))
         await self._delete(table_key(gone.spec.weights_version))
+        await self._delete(rebalancing_key(gone.spec.weights_version))
 
     async def _enter(self, upgrade: Upgrade) -> None:
         await self._put(UPGRADE_KEY, upgrade.to_json())

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import random
 import signal
@@ -239,7 +238,7 @@ def autoscale(folder: Path, sizes: Sizes) -> Outcome:
         time.sleep(LOAD_WINDOW_S)
         shares = {group["name"]: group["replicas"][0]["load"]["busy_share"] for group in running.status()["groups"]}
     hot, *others = sorted(shares, key=lambda name: -shares[name])
-    target = math.sqrt(shares[hot] * shares[others[0]])
+    target = (shares[hot] + shares[others[0]]) / 2
     rule = {"max": 2, "busy_share": target, "queue_ms": 1e6, "grow_after_s": 2, "shrink_after_s": 3, "cooldown_s": 1}
     with cluster(folder, sizes, "--autoscale", json.dumps({"g*": rule}), checkpoint=checkpoint) as running:
         wait_for(lambda: running.status()["settled"], WAIT_S)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from cluster.balancer import LATE_AFTER_S, MEASURE_AFTER_S, STALLED_AFTER_S, Balancer, Throughput
-from cluster.errors import ChangeRefused, StoreUnavailable
+from cluster.balancer import LATE_AFTER_S, MEASURE_AFTER_S, STALLED_AFTER_S, Balancer
+from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
 from cluster.expert_placement import build_matrix
 from cluster.hosting import Hosting, Ranges
 from cluster.rebalance_view import Proposal
+from cluster.rebalancing import Throughput, rebalancing_from_record
 from experts.expert_range import ExpertRange
 from tests.cluster.fakes import FakeClock
 
@@ -38,13 +39,19 @@ class Setting:
         self.propose: Callable[[], Proposal] = lambda: self.proposal
         self.num_rounds = 0
         self.is_store_down = False
-        self.balancer = Balancer(
+        self.record: bytes | None = None
+        self.interval_s = interval_s
+        self.balancer = self.make_balancer()
+
+    def make_balancer(self) -> Balancer:
+        return Balancer(
             self.events,
             self.clock,
             self._propose,
             self._rehost,
             lambda: Throughput(self.pairs),
-            interval_s=interval_s,
+            self._keep,
+            interval_s=self.interval_s,
             extra_share=0.12,
         )
 
@@ -58,6 +65,11 @@ class Setting:
 
     async def _propose(self, extra_share: float) -> Proposal:
         return self.propose()
+
+    async def _keep(self, record: bytes) -> None:
+        if self.is_store_down:
+            raise StoreUnavailable("down")
+        self.record = record
 
     async def _rehost(self, placements: Mapping[str, Ranges], reason: str) -> None:
         if self.is_store_down:
@@ -122,6 +134,48 @@ async def test_a_failure_that_cannot_be_undone_now_is_undone_later():
     await setting.turn(is_settled=False)
     assert dict(setting.desired) == HELD
     assert setting.balancer.get_view()["current"]["phase"] == "failed"
+
+
+@pytest.mark.parametrize("num_turns", range(1, 6))
+async def test_a_successor_goes_on_wherever_the_balancer_was(num_turns: int):
+    """With memory for one expert more than each group has, so in several rounds."""
+    setting = Setting(max_copies=5)
+    await setting.balancer.begin(0.12, "asked")
+    for _ in range(num_turns):
+        await setting.turn()
+    former = setting.balancer.get_view()["current"]
+    setting.balancer = setting.make_balancer()
+    assert setting.record is not None
+    setting.balancer.restore(rebalancing_from_record(setting.record, setting.clock.now_s))
+    assert setting.balancer.get_view()["current"] == former
+    for _ in range(9):
+        await setting.turn()
+    assert dict(setting.held) == WANTED
+    setting.pairs = {"g0": 210.0, "g1": 200.0}
+    setting.clock.now_s += MEASURE_AFTER_S
+    await setting.turn()
+    current = setting.balancer.get_view()["current"]
+    assert (current["phase"], current["number"]) == ("done", 1)
+    assert current["measured"]["before"]["rows_max_over_mean"] == 1.5
+    assert ("continue" in setting.actions) == (former["phase"] == "moving")
+    await setting.balancer.begin(0.12, "asked again")
+    assert setting.balancer.get_view()["current"]["number"] == 2
+
+
+async def test_nothing_is_begun_that_a_successor_would_not_know_of():
+    setting = Setting()
+    setting.is_store_down = True
+    with pytest.raises(StoreUnavailable):
+        await setting.balancer.begin(0.12, "asked")
+    assert setting.balancer.get_view()["current"] is None
+    setting.is_store_down = False
+    assert (await setting.balancer.begin(0.12, "asked"))["current"]["number"] == 1
+
+
+@pytest.mark.parametrize("record", [b"{}", b"no json", b'{"group_names": 3}'])
+def test_a_broken_record_is_told_from_a_rebalancing(record: bytes):
+    with pytest.raises(BadRecord):
+        rebalancing_from_record(record, 0.0)
 
 
 async def test_nothing_to_gain_is_said():

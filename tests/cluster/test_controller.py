@@ -338,7 +338,8 @@ async def test_a_dry_run_says_what_it_would_do_and_does_nothing():
     assert (second["action"], second["reason"]) == ("keep", "no replica has reported its load")
 
 
-async def test_experts_are_moved_by_what_replicas_counted(tmp_path: Path):
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_experts_are_moved_by_what_replicas_counted(tmp_path: Path, is_restarted: bool):
     (tmp_path / "config.json").write_text(json.dumps(build_config(n_routed_experts=8, num_hidden_layers=4)))
     setting = Setting(checkpoint=str(tmp_path))
     setting.prober.pairs = [
@@ -350,14 +351,23 @@ async def test_experts_are_moved_by_what_replicas_counted(tmp_path: Path):
     await setting.loop.step()
     view = await setting.loop.rebalance(0.5)
     assert view["current"]["expected"]["before"]["imbalance"] > 1.9
-    for _ in range(200):
+    for turn in range(200):
         await setting.loop.step()
+        if is_restarted and turn == 1:
+            setting.loop = setting.make_loop()
+            await setting.loop.step()
+            assert setting.loop.get_balancer_view()["current"]["phase"] == "moving"
         await asyncio.sleep(0.001)
         if setting.loop.get_balancer_view()["current"]["phase"] == "measuring":
             break
     hosted = memory_from_json(setting.store.values[b"table"]).table.groups
     assert setting.loop.get_balancer_view()["current"]["phase"] == "measuring"
     assert [group.hosted for group in hosted] != list(HOSTED)
+    copies = {group["name"]: group["copies_after"] for group in view["current"]["expected"]["groups"]}
+    assert {
+        group.name: sum((block.layer_end - block.layer_start) * len(block.expert_ids) for block in group.hosted)
+        for group in hosted
+    } == copies
     assert setting.loop.get_status()["settled"]
     objects = [event["object"] for event in setting.loop.get_events(0) if event["action"] == "host"]
     assert {"replica g0-0", "replica g1-0"} >= set(objects) != set()
