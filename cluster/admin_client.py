@@ -9,10 +9,13 @@ from typing import Any
 
 import httpx
 
+from cluster.admin_tls import get_scheme, list_client_options, list_request_options
 from cluster.errors import NotRunning, RequestFailed
 from cluster.state_file import find_state, get_state_dir
 
 TOKEN_VARIABLE = "SHOAL_ADMIN_TOKEN"
+# As for `shoal serve`; here only its ca.crt is read.
+TLS_DIR_VARIABLE = "SHOAL_CLUSTER_TLS_DIR"
 CALL_TIMEOUT_S = 10.0
 # Planning takes about a second at the published sizes.
 PLAN_TIMEOUT_S = 60.0
@@ -22,11 +25,17 @@ _WAIT_INTERVAL_S = 0.2
 class AdminClient:
     """Each method raises RequestFailed with one line when there is no good answer in time."""
 
-    def __init__(self, admin_url: str, token: str) -> None:
+    def __init__(self, admin_url: str, token: str, tls_dir: str | None = None) -> None:
+        """tls_dir: folder with the ca.crt that the server is known by; None: http. Raises ConfigError."""
         self._admin_url = admin_url
+        self._request_options = list_request_options(tls_dir)
         # The environment's proxies are for the outside world.
         self._client = httpx.Client(
-            base_url=admin_url, headers={"Authorization": f"Bearer {token}"}, timeout=CALL_TIMEOUT_S, trust_env=False
+            base_url=admin_url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=CALL_TIMEOUT_S,
+            trust_env=False,
+            **list_client_options(tls_dir),
         )
 
     def fetch_status(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
@@ -146,7 +155,7 @@ class AdminClient:
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         try:
-            response = self._client.request(method, path, json=body, timeout=timeout_s)
+            response = self._client.request(method, path, json=body, timeout=timeout_s, **self._request_options)
             document = response.json()
         except httpx.HTTPError as error:
             raise RequestFailed(f"{self._admin_url} does not answer: {error or type(error).__name__}") from error
@@ -166,5 +175,6 @@ def connect(url: str) -> AdminClient:
     except NotRunning:
         if token is None:
             raise
-        return AdminClient(url if "//" in url else f"http://{url}", token)
-    return AdminClient(state.admin_url, token or state.token)
+        tls_dir = os.environ.get(TLS_DIR_VARIABLE)
+        return AdminClient(url if "//" in url else f"{get_scheme(tls_dir)}://{url}", token, tls_dir)
+    return AdminClient(state.admin_url, token or state.token, state.tls_dir)

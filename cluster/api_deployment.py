@@ -39,7 +39,11 @@ def build_application(settings: ApiSettings) -> Application:
         from router.api.app import create_app
 
         store = RayRecordStore()
-        cluster = None if settings.viewer_token is None else AdminSource(store, settings.viewer_token)
+        cluster = (
+            None
+            if settings.viewer_token is None
+            else AdminSource(store, settings.viewer_token, settings.cluster_tls_dir)
+        )
         return create_app(follow_upgrade(settings, store), RecordedEndpoints(store), cluster)
 
     deployment = serve.deployment(

@@ -64,6 +64,7 @@ class Controller:
 
         from cluster.actor_factory import ActorFactory
         from cluster.admin_app import create_admin_app
+        from cluster.admin_tls import get_scheme, list_server_options
         from cluster.probes import Probes
         from experts.tls import load_cluster_tls
 
@@ -74,8 +75,11 @@ class Controller:
         )
         host, port = self._address
         app = create_admin_app(loop, self._token_hash, self._viewer_hash)
-        server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
-        record = ControllerRecord(pid=os.getpid(), node=os.uname().nodename, admin_url=f"http://{host}:{port}")
+        options = list_server_options(self._spec.tls_dir)
+        config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, **options)
+        server = uvicorn.Server(config)
+        admin_url = f"{get_scheme(self._spec.tls_dir)}://{host}:{port}"
+        record = ControllerRecord(pid=os.getpid(), node=os.uname().nodename, admin_url=admin_url)
         await asyncio.to_thread(store.put, CONTROLLER_KEY, record.to_json())
         done, _ = await asyncio.wait(
             [asyncio.create_task(loop.run()), asyncio.create_task(server.serve())], return_when=asyncio.FIRST_COMPLETED

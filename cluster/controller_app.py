@@ -14,6 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.admin_app import MAX_BODY_BYTES, MAX_DRAIN_TIMEOUT_S
+from cluster.admin_tls import get_scheme, list_client_options, list_request_options
+from experts.errors import ConfigError
 
 _FORWARDED = "x-shoal-forwarded"
 _CONNECT_TIMEOUT_S = 3.0
@@ -23,9 +25,15 @@ class ControllerApp:
     """An ASGI application. `admin` is None until this controller leads."""
 
     def __init__(
-        self, is_live: Callable[[], bool], is_ready: Callable[[], bool], find_leader: Callable[[], str | None]
-    ):
-        """find_leader: host:port of the leader's admin port; None if it is not known."""
+        self,
+        is_live: Callable[[], bool],
+        is_ready: Callable[[], bool],
+        find_leader: Callable[[], str | None],
+        tls_dir: str | None = None,
+    ) -> None:
+        """find_leader: host:port of the leader's admin port; None if it is not known. tls_dir: of the certificates that
+        all controllers serve with; None: http."""
+        self._tls_dir = tls_dir
         self.admin: ASGIApp | None = None
         self._is_live = is_live
         self._is_ready = is_ready
@@ -56,12 +64,21 @@ class ControllerApp:
             if len(body) > MAX_BODY_BYTES:
                 return JSONResponse({"error": {"message": "the body is too large", "code": "body_too_large"}}, 413)
         headers = {name: value for name in ("authorization", "content-type") if (value := request.headers.get(name))}
-        url = f"http://{leader}{request.url.path}" + (f"?{request.url.query}" if request.url.query else "")
+        url = f"{get_scheme(self._tls_dir)}://{leader}{request.url.path}" + (
+            f"?{request.url.query}" if request.url.query else ""
+        )
         timeout = httpx.Timeout(MAX_DRAIN_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         try:
-            async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
-                answer = await client.request(request.method, url, headers={**headers, _FORWARDED: "1"}, content=body)
-        except httpx.HTTPError as error:
+            options = list_client_options(self._tls_dir)
+            async with httpx.AsyncClient(timeout=timeout, trust_env=False, **options) as client:
+                answer = await client.request(
+                    request.method,
+                    url,
+                    headers={**headers, _FORWARDED: "1"},
+                    content=body,
+                    **list_request_options(self._tls_dir),
+                )
+        except (httpx.HTTPError, ConfigError) as error:
             return _error(f"the controller that leads, {leader}, does not answer: {type(error).__name__}")
         return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
 

@@ -24,6 +24,7 @@ from typing import NoReturn
 import uvicorn
 
 from cluster.admin_app import create_admin_app, hash_token
+from cluster.admin_tls import get_scheme, list_server_options
 from cluster.controller import ControllerLoop
 from cluster.controller_app import ControllerApp
 from cluster.errors import BadRecord, ClusterError, PreflightError, SettingsError, StartError
@@ -133,9 +134,12 @@ class _Command:
         self._lease = LeaderLease(api, settings.resolved_kubernetes_lease, identity, time.monotonic)
         self._token = _get_token(settings)
         # For `shoal status` and the like in this container, whoever leads. No process of Ray's is ours to reap.
-        admin_url = f"http://127.0.0.1:{settings.resolved_admin_port}"
-        self._state = ClusterState(settings.url, admin_url, self._token, os.getpid(), uuid.uuid4().hex, None)
-        self._app = ControllerApp(self._is_live, self._is_ready, self._find_leader)
+        self._scheme = get_scheme(spec.tls_dir)
+        admin_url = f"{self._scheme}://127.0.0.1:{settings.resolved_admin_port}"
+        self._state = ClusterState(
+            settings.url, admin_url, self._token, os.getpid(), uuid.uuid4().hex, None, spec.tls_dir
+        )
+        self._app = ControllerApp(self._is_live, self._is_ready, self._find_leader, spec.tls_dir)
         self._loop: ControllerLoop | None = None
         self._led_s: float | None = None
         self._node: RayNode | None = None
@@ -152,6 +156,7 @@ class _Command:
             log_level="warning",
             access_log=False,
             lifespan="off",
+            **list_server_options(self._spec.tls_dir),
         )
         server = _Server(config)
         tasks = [asyncio.create_task(server.serve()), asyncio.create_task(self._lead())]
@@ -218,7 +223,7 @@ class _Command:
         record = ControllerRecord(
             pid=os.getpid(),
             node=os.uname().nodename,
-            admin_url=f"http://{self._host}:{self._settings.resolved_admin_port}",
+            admin_url=f"{self._scheme}://{self._host}:{self._settings.resolved_admin_port}",
         )
         store.put(CONTROLLER_KEY, record.to_json())
         loop = ControllerLoop(

@@ -95,14 +95,21 @@ def run(options: argparse.Namespace) -> int:
     signals.install()
     token = settings.admin_token.get_secret_value() if settings.admin_token is not None else secrets.token_urlsafe(32)
     state: ClusterState | None = None
-    admin = AdminClient(settings.admin_url, token)
+    admin = AdminClient(settings.admin_url, token, settings.resolved_cluster_tls_dir)
     exit_code = 0
     try:
         deadline_s = time.monotonic() + settings.start_timeout_s
         backend.connect()
         signals.install()
         # Before it is ready: `shoal status` shows how far the start is.
-        state = ClusterState(settings.url, settings.admin_url, token, os.getpid(), *backend.session)
+        state = ClusterState(
+            settings.url,
+            settings.admin_url,
+            token,
+            os.getpid(),
+            *backend.session,
+            tls_dir=settings.resolved_cluster_tls_dir,
+        )
         write_state_or_warn(state)
         viewer_token = derive_viewer_token(token)
         api_settings = replace(api_settings, viewer_token=viewer_token)

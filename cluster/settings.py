@@ -275,7 +275,8 @@ class ServeSettings(BaseModel):
 
     @property
     def admin_url(self) -> str:
-        return f"http://{_url_host(self.admin_host)}:{self.resolved_admin_port}"
+        scheme = "http" if self.cluster_tls_dir is None else "https"
+        return f"{scheme}://{_url_host(self.admin_host)}:{self.resolved_admin_port}"
 
     @property
     def ledger_url(self) -> str | None:

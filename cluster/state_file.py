@@ -30,6 +30,8 @@ class ClusterState:
     pid: int
     session_mark: str
     session_folder: str | None
+    # Of the certificates that the admin API is served with; None: http.
+    tls_dir: str | None = None
 
 
 def get_state_dir(environ: Mapping[str, str] | None = None) -> Path:

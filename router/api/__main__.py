@@ -18,6 +18,7 @@ from pathlib import Path
 import uvicorn
 
 from experts.errors import ExpertsError
+from experts.served_certificate import ServedCertificate
 from router.api.app import create_app
 from router.api.errors import TokenizerError
 from router.api.router_client import StaticEndpoints
@@ -51,6 +52,9 @@ def main() -> int:
     )
     try:
         check_open_access(arguments.host, has_keys=arguments.keys_file is not None, is_allowed=arguments.no_auth)
+        certificate = None
+        if arguments.tls_cert is not None:
+            certificate = ServedCertificate(Path(arguments.tls_cert), Path(arguments.tls_key or arguments.tls_cert))
         app = create_app(settings, StaticEndpoints(arguments.router))
         listener = socket.create_server((arguments.host, arguments.port), backlog=2048)
     except (ExpertsError, TokenizerError, TenancyError, OSError) as error:
@@ -64,8 +68,7 @@ def main() -> int:
         timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
         timeout_keep_alive=_KEEP_ALIVE_S,
         server_header=False,
-        ssl_certfile=arguments.tls_cert,
-        ssl_keyfile=arguments.tls_key,
+        ssl_context_factory=None if certificate is None else lambda *_: certificate.make_context(),
     )
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         # uvicorn drains on these and then raises them again, which would make a proper stop look like a death.

@@ -60,6 +60,17 @@ class FakeController:
         self.changes.append(names)
         return 9
 
+    async def upgrade(self, checkpoint: str, timeout_s: float, drain_timeout_s: float) -> dict[str, Any]:
+        if checkpoint == "/too/large":
+            raise ChangeRefused("no room: 5 bytes are missing")
+        return {"phase": "loading", "asked": [checkpoint, timeout_s, drain_timeout_s]}
+
+    async def abort_upgrade(self) -> dict[str, Any] | None:
+        raise ChangeRefused("no upgrade is under way")
+
+    def get_upgrade_view(self) -> dict[str, Any] | None:
+        return None
+
     async def drain(self, timeout_s: float) -> int:
         self.drained_s.append(timeout_s)
         return 3
@@ -176,3 +187,19 @@ async def test_the_viewer_may_look_and_change_nothing(client: httpx.AsyncClient,
     for path in ("/drain", "/scale", "/restart", "/replicas/drain", "/rebalance/plan"):
         check_error(await client.post(path, headers=headers, json={"groups": {"g0": 2}}), 401)
     assert controller.changes == controller.drained_s == []
+
+
+async def test_an_upgrade_is_begun_looked_at_and_refused_with_the_reason(client: httpx.AsyncClient):
+    body = {"checkpoint": "/models/b", "timeout_s": 5, "drain_timeout_s": 6}
+    answer = await client.post("/upgrade", json=body)
+    assert answer.json() == {"upgrade": {"phase": "loading", "asked": ["/models/b", 5.0, 6.0]}}
+    assert (await client.get("/upgrade")).json() == {"upgrade": None}
+    for path, body, reason in (
+        ("/upgrade", {"checkpoint": "/too/large"}, "5 bytes are missing"),
+        ("/upgrade", {"checkpoint": 3}, "checkpoint must be a text"),
+        ("/upgrade", {"checkpoint": "/x", "timeout_s": -1}, "timeout_s must be"),
+        ("/upgrade/abort", {}, "no upgrade is under way"),
+    ):
+        refused = await client.post(path, json=body)
+        assert refused.status_code == 400
+        assert reason in refused.json()["error"]["message"]

@@ -179,6 +179,15 @@ def _read_serial(port: int, folders: CertificateFolders) -> int:
     return x509.load_der_x509_certificate(shown).serial_number
 
 
+def _read_api_serial(url: str, context: ssl.SSLContext) -> int:
+    host, port = url.removeprefix("https://").split(":")
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connection:
+        with context.wrap_socket(connection, server_hostname=host) as stream:
+            shown = stream.getpeercert(binary_form=True)
+    assert shown is not None
+    return x509.load_der_x509_certificate(shown).serial_number
+
+
 def test_plain_text_for_other_machines_has_to_be_allowed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for main in (experts_main, router_main):
         assert main(["--checkpoint", str(checkpoint), "--host", "0.0.0.0"]) == 1
@@ -200,6 +209,11 @@ def test_the_api_speaks_tls_when_it_has_a_certificate(
         with httpx.Client(base_url=url, verify=context, timeout=TIMEOUT_S * 3, trust_env=False) as client:
             body = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
             assert client.post("/v1/completions", json=body).status_code == 200
+            before = _read_api_serial(url, context)
+            issue_certificate(folders.ca, tmp_path / "api", names=("localhost",))
+            assert _read_api_serial(url, context) != before
+            # The connection that was open is still good.
+            assert client.get("/health/live").status_code == 200
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health/live", timeout=TIMEOUT_S, trust_env=False)
     finally:

@@ -181,6 +181,17 @@ def test_everything_is_probed(example: Rendered) -> None:
         assert spec["containers"][0].keys() >= {"startupProbe", "readinessProbe", "livenessProbe"}, name
 
 
+@pytest.mark.parametrize(("mode", "scheme"), [("certManager", "HTTPS"), ("insecure", "HTTP")])
+def test_the_admin_api_is_probed_and_scraped_as_it_is_served(mode: str, scheme: str) -> None:
+    rendered = render({"tls": {"mode": mode}, "monitoring": {"serviceMonitor": True}})
+    container = rendered.get("Deployment", "-controller")["spec"]["template"]["spec"]["containers"][0]
+    probes = [container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
+    assert {probe["scheme"] for probe in probes} == {scheme}
+    (endpoint,) = rendered.get("ServiceMonitor", "-controller")["spec"]["endpoints"]
+    assert endpoint.get("scheme", "http") == scheme.lower()
+    assert ("tlsConfig" in endpoint) == (scheme == "HTTPS")
+
+
 def test_expert_pods_hear_routers_and_controllers_alone(plain: Rendered) -> None:
     assert plain.get("NetworkPolicy", "-deny")["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert "ingress" not in plain.get("NetworkPolicy", "-deny")["spec"]
