@@ -302,9 +302,11 @@ class ControllerLoop:
         loads = self._prober.replica_loads
 
         def describe(track: Track) -> dict[str, Any]:
-            return build_status(
-                track.planned_spec, track.desired, self._get_observation(track), self._get_plan(track), details, loads
-            )
+            plan = self._get_plan(track)
+            # Those that an upgrade has begun to want since its last plan are in none yet.
+            router_ids = tuple(id_ for id_ in track.planned_spec.router_ids if id_ in plan.routers)
+            spec = replace(track.spec, router_ids=router_ids)
+            return build_status(spec, track.desired, self._get_observation(track), plan, details, loads)
 
         status = describe(self._track)
         return {

@@ -80,6 +80,9 @@ class Setting:
             for target in self.prober.targets[1]
         }
         await self.loop.step()
+        # Whoever asks may ask between any two turns.
+        assert self.loop.get_status()["routers"]
+        assert self.loop.get_plan_view()["groups"]
         # Lets a drain end, which is a task of its own.
         await asyncio.sleep(0.001)
 

@@ -22,13 +22,15 @@ from cluster.leave_command import find_actors
 from tests.free_ports import find_free_ports
 from tests.kubernetes.api_server import ApiServer
 from tests.kubernetes.conftest import Place, make_place
-from tests.kubernetes.ray_cluster import NAME, PlayedOperator
+from tests.kubernetes.ray_cluster import NAME, PlayedOperator, list_event_messages
+from tests.other_weights import write_other_weights
 from tests.ray.ray_nodes import RayNodes, kill_node
 from tests.ray.serve_process import ADMIN_TOKEN, stream_chat, wait_for
 from tests.scenarios.stream_load import StreamLoad
 
 pytestmark = pytest.mark.timeout(400)
 MAX_TOKENS = 24
+DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "checkpoint"
 NUM_STREAMS = 2
 
 
@@ -85,12 +87,22 @@ class ControllerProcess:
             "SHOAL_KUBERNETES_NAMESPACE": place.namespace,
             "SHOAL_STATE_DIR": str(folder / "state"),
         }
-        command = [sys.executable, "-m", "cluster.cli", "controller", "--kubernetes-scaling", "controller"]
+        self._command = command = [sys.executable, "-m", "cluster.cli", "controller"]
+        command += ["--kubernetes-scaling", "controller"]
         command += ["--address", "auto", "--insecure-cluster-network", "--port", str(port)]
         command += ["--admin-port", str(admin_port), "--groups", "2", "--deterministic"]
         command += ["--expert-threads", "1", "--router-threads", "1"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        self.process = self._start()
+
+    def restart(self, checkpoint: Path) -> None:
+        """With other settings, as `helm upgrade` does."""
+        self.close()
+        self._command.append(str(checkpoint))
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("a") as log:
+            return subprocess.Popen(self._command, env=self.environment, stdout=log, stderr=log)
 
     def fetch_status(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
@@ -152,7 +164,8 @@ def running(api_server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         # Without it, a token would have to be made and shared first.
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        nodes = RayNodes(folder, {"shoal_router": 1, "expert_group_g1": 1})
+        # A second place for each, for an upgrade: the head plays several pods.
+        nodes = RayNodes(folder, {"shoal_router": 2, "expert_group_g1": 2})
         stack.callback(nodes.close)
         pods = PodProcesses(nodes)
         stack.callback(pods.close)
@@ -199,6 +212,32 @@ def test_a_deleted_pod_ends_once_another_serves(running: Running):
         # The operator has made a pod for the deleted one, the controller one for the successor: the empty one goes.
         wait_for(lambda: len(running.pods.running) == 1 and running.controller.is_ready(), 60)
     running.check(load)
+
+
+@pytest.mark.skipif("KUBE_CHAOS" not in os.environ, reason="another Ray node takes long to start: run by make chaos")
+def test_another_checkpoint_in_the_settings_is_served_without_a_failed_or_mixed_stream(
+    running: Running, tmp_path_factory: pytest.TempPathFactory
+):
+    """Last here: the settings stay so."""
+    other = tmp_path_factory.mktemp("other") / "weights"
+    write_other_weights(DEMO, other)
+    with running.stream() as load:
+        running.controller.restart(other)
+        wait_for(lambda: running.controller.is_ready() and _fetch_checkpoint(running) == str(other), 200)
+        wait_for(lambda: len(running.pods.running) == 1, 60)
+    upgraded = "".join(stream_chat(running.controller.url, MAX_TOKENS))
+    assert load.failures == []
+    assert upgraded != running.undisturbed
+    assert set(load.texts) == {running.undisturbed, upgraded}
+    assert running.operator.chosen == []
+    messages = list_event_messages(running.place.server.admin, running.place.namespace)
+    assert any(message.startswith("upgrade: everything is served with weights 2") for message in messages)
+    groups = running.place.cluster.read_groups()
+    assert (groups["g0"]["replicas"], groups["g1"]["replicas"], groups["routers"]["replicas"]) == (1, 1, 1)
+
+
+def _fetch_checkpoint(running: Running) -> str | None:
+    return running.controller.fetch_status().get("checkpoint")
 
 
 def _has_traffic(controller: ControllerProcess, replica_id: str) -> bool:
