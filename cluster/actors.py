@@ -24,6 +24,7 @@ from cluster.records import ReplicaRecord, RouterRecord, desired_key, replica_ke
 from cluster.spec import ClusterSpec, spec_from_json
 from cluster.stored_table import memory_from_json
 from experts.expert_range import ExpertRange
+from experts.logs import set_up_logging
 from router.expert_table import EMPTY_TABLE
 
 if TYPE_CHECKING:
@@ -224,8 +225,9 @@ def _step_back() -> None:
 
 
 def _start_process(spec_json: bytes) -> ClusterSpec:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    return spec_from_json(spec_json)
+    spec = spec_from_json(spec_json)
+    set_up_logging(log_format=spec.log_format)
+    return spec
 
 
 def _get_device_setting(spec: ClusterSpec) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 import threading
 import time
 
@@ -16,6 +15,7 @@ from cluster.controller import ControllerLoop
 from cluster.record_store import RayRecordStore
 from cluster.records import CONTROLLER_KEY, ControllerRecord
 from cluster.spec import spec_from_json
+from experts.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,8 @@ class Controller:
     """Threaded: the loop and the admin server run in a thread of their own, and another one watches them."""
 
     def __init__(self, spec_json: bytes, admin_host: str, admin_port: int, token_hash: str, viewer_hash: str) -> None:
-        logging.basicConfig(
-            level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-        )
         self._spec = spec_from_json(spec_json)
+        set_up_logging(log_format=self._spec.log_format)
         self._address = (admin_host, admin_port)
         self._token_hash, self._viewer_hash = token_hash, viewer_hash
         self._started_s = time.monotonic()
@@ -76,7 +74,9 @@ class Controller:
         host, port = self._address
         app = create_admin_app(loop, self._token_hash, self._viewer_hash)
         options = list_server_options(self._spec.tls_dir)
-        config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, **options)
+        config = uvicorn.Config(
+            app, host=host, port=port, log_level="warning", log_config=None, access_log=False, **options
+        )
         server = uvicorn.Server(config)
         admin_url = f"{get_scheme(self._spec.tls_dir)}://{host}:{port}"
         record = ControllerRecord(pid=os.getpid(), node=os.uname().nodename, admin_url=admin_url)

@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ from cluster.settings import ServeSettings, load_settings
 from cluster.spec import ClusterSpec, spec_from_json
 from cluster.state_file import ClusterState, get_state_dir, remove_state
 from cluster.worker_groups import RayClusterView
+from experts.logs import set_up_logging
 from experts.model_config import ModelConfig
 from experts.tls import load_cluster_tls
 from router.api.settings import ApiSettings
@@ -59,9 +59,7 @@ _MAX_SILENCE_S = 30.0
 def run(options: argparse.Namespace) -> NoReturn:
     """Until SIGTERM or SIGINT; ends the process itself. Raises ClusterError or ExpertsError for what is wrong."""
     settings = load_settings(options.settings, config_file=options.config)
-    logging.basicConfig(
-        stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    set_up_logging(settings.log_level, settings.log_format)
     for name in ("httpx", "httpcore", "ray", "asyncio", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     spec, api_settings = _check(settings)

@@ -37,6 +37,7 @@ from cluster.spec import ClusterSpec, RouterSpec, build_groups
 from cluster.state_file import ClusterState, get_state_dir, read_stale, remove_state, write_state
 from cluster.status_view import list_failures
 from experts.errors import ExpertsError
+from experts.logs import set_up_logging
 from experts.model_config import ModelConfig
 from experts.stop_signal import StopSignal
 from router.api.settings import ApiSettings
@@ -85,9 +86,7 @@ def run(options: argparse.Namespace) -> int:
     """Serve until a signal. Returns the exit code; raises ClusterError or ExpertsError for what is wrong."""
     started_s = time.monotonic() - _get_process_age_s()
     settings = load_settings(options.settings, config_file=options.config)
-    logging.basicConfig(
-        stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    set_up_logging(settings.log_level, settings.log_format)
     _quiet_libraries()
     spec, api_settings = _check(settings)
     backend = RayBackend(settings)
@@ -232,6 +231,7 @@ def build_spec(settings: ServeSettings, folder: Path, model_name: str, config: M
         rebalance_extra_share=settings.rebalance_extra_share,
         device=settings.device,
         tls_dir=settings.resolved_cluster_tls_dir,
+        log_format=settings.log_format,
     )
 
 
@@ -241,6 +241,7 @@ def build_api_settings(settings: ServeSettings, folder: Path, model_name: str) -
         keys_file=None if settings.keys_file is None else settings.keys_file.absolute(),
         served_model_names=(model_name, *settings.split_aliases()),
         strict_fields=settings.strict_fields,
+        reasoning_field=settings.reasoning_field,
         max_model_len=settings.max_model_len,
         usage_journal=None if settings.ledger_url is None else get_state_dir() / "journal",
         ledger_url=settings.ledger_url,
@@ -253,6 +254,8 @@ def build_api_settings(settings: ServeSettings, folder: Path, model_name: str) -
         metrics_compat=settings.metrics_compat,
         trace_to=settings.trace_to,
         trace_share=settings.trace_share,
+        log_format=settings.log_format,
+        host_sends_request_id=True,
     )
 
 

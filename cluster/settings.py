@@ -28,6 +28,8 @@ from pydantic import (
 from cluster.autoscaler import AutoscaleRule
 from cluster.errors import SettingsError
 from cluster.state_file import get_state_dir
+from experts.logs import LogFormat
+from router.api.settings import ReasoningField
 from router.overlap_policy import MicroBatchSetting, parse_micro_batches
 
 ENV_PREFIX = "SHOAL_"
@@ -180,6 +182,9 @@ class ServeSettings(BaseModel):
         None, description="name of the model in the API; None: the name of the checkpoint's folder"
     )
     model_aliases: str = Field("", description="further names of the model in the API, with commas between them")
+    reasoning_field: ReasoningField = Field(
+        "reasoning_content", description="field of chat messages that has the reasoning; reasoning is vLLM's newer name"
+    )
     strict_fields: bool = Field(False, description="refuse request fields that have no meaning here; else ignored")
     autoscale: dict[str, AutoscaleSettings] = Field(
         default_factory=dict,
@@ -227,6 +232,7 @@ class ServeSettings(BaseModel):
         0.0, description="GPUs that the one actor of a pod takes; 0: computes on CPUs"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe message shown")
+    log_format: LogFormat = Field("text", description="json: one object per line, in the logs of all processes")
 
     @field_validator("autoscale", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cluster.autoscaler import AutoscaleRule
 from cluster.errors import BadRecord
 from experts.expert_range import ExpertRange, split_experts
+from experts.logs import LogFormat
 from experts.model_config import ModelConfig
 
 
@@ -82,6 +83,7 @@ class ClusterSpec:
     on_pods: bool = False
     # Folder of certificates on every node, for the network of routers, replicas and controller; None: unencrypted.
     tls_dir: str | None = None
+    log_format: LogFormat = "text"
     # Rises with every upgrade to another checkpoint; whoever has another one has nothing to do with these.
     weights_version: int = 1
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from experts.allocator import keep_large_buffers
 from experts.checkpoint import Checkpoint
 from experts.errors import ConfigError, ExpertsError
 from experts.expert_range import ExpertRange, list_hosted_pairs
+from experts.logs import LOG_FORMATS, set_up_logging
 from experts.model_config import ModelConfig
 from experts.stop_signal import StopSignal
 from experts.tls import check_listen_address, load_cluster_tls
@@ -26,9 +26,7 @@ from experts.tls import check_listen_address, load_cluster_tls
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until a signal. Returns the exit code."""
     options = _parse_arguments(arguments)
-    logging.basicConfig(
-        stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    set_up_logging(options.log_level, options.log_format)
     keep_large_buffers()
     stop_requested = StopSignal()
     stop_requested.install()
@@ -121,6 +119,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tls-dir", metavar="DIR", help="certificates of the cluster: tls.crt, tls.key, ca.crt")
     parser.add_argument("--insecure-cluster-network", action="store_true", help="listen unencrypted for other machines")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="json: one object per line")
     return parser.parse_args(arguments)
 
 

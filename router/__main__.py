@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 
@@ -16,6 +15,7 @@ import torch
 
 from experts.allocator import keep_large_buffers
 from experts.errors import ExpertsError
+from experts.logs import LOG_FORMATS, LogFormat, set_up_logging
 from experts.stop_signal import StopSignal
 from experts.wire import WireFormat
 from router.heartbeat import HeartbeatOptions
@@ -27,8 +27,8 @@ SIGNAL_LATENCY_S = 0.2
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
-    """The router's config, and the seconds that running sequences get when it is told to end."""
+def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float, LogFormat]:
+    """The router's config, the seconds that running sequences get when it is told to end, and the form of its log."""
     parser = argparse.ArgumentParser(prog="python -m router", description="Serve one router without Ray.")
     parser.add_argument("--checkpoint", required=True, help="Hugging Face folder")
     parser.add_argument("--expert", action="append", default=[], metavar="HOST:PORT", help="a replica; repeatable")
@@ -83,6 +83,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX; auto: the first card if any")
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: all cores")
     parser.add_argument("--trace-to", metavar="URL|FILE", help="where spans go: an OTLP/HTTP collector, or a file")
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="json: one object per line")
     parser.add_argument("--drain-timeout-s", type=float, default=30.0)
     parser.add_argument("--tls-dir", metavar="DIR", help="certificates of the cluster: tls.crt, tls.key, ca.crt")
     parser.add_argument("--insecure-cluster-network", action="store_true", help="listen unencrypted for other machines")
@@ -115,12 +116,12 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterConfig, float]:
         allow_insecure=options.insecure_cluster_network,
         trace_to=options.trace_to,
     )
-    return config, options.drain_timeout_s
+    return config, options.drain_timeout_s, options.log_format
 
 
 def main(arguments: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    config, drain_timeout_s = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    config, drain_timeout_s, log_format = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    set_up_logging(log_format=log_format)
     keep_large_buffers()
     ended = StopSignal()
     ended.install()

@@ -200,12 +200,12 @@ class Engine:
                     await self._step(chunks)
                     is_whole = True
                 except RouterError as error:
-                    logger.warning("step failed num_sequences=%d reason=%s", len(chunks), error)
+                    logger.warning("step failed request_ids=%s reason=%s", _list_ids(chunks), error)
                     self._fail(chunks, error)
                     if (outage := self.find_outage()) is not None:
                         self._fail_all(ExpertsUnavailable(outage))
                 except Exception as error:
-                    logger.exception("step failed num_sequences=%d", len(chunks))
+                    logger.exception("step failed request_ids=%s", _list_ids(chunks))
                     self._fail(chunks, error)
                 finally:
                     if traced:
@@ -439,6 +439,10 @@ class Engine:
             highest = max(ids, default=0)
             if highest >= self._config.vocab_size:
                 raise BadRequest(f"{name} {highest} is outside the vocabulary of {self._config.vocab_size}")
+
+
+def _list_ids(chunks: list[ScheduledChunk]) -> str:
+    return ",".join(chunk.sequence.request.request_id for chunk in chunks)
 
 
 def _span_of(chunk: ScheduledChunk) -> TokenSpan:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from router.errors import GrammarFailed
 from router.grammar import Grammar, TokenMatcher
+from router.schema_dates import bind_dates
 from router.vocabulary import Vocabulary
 
 # What the library's documentation calls 20 ms of building, 5 ms per mask, and 50 MB of lexer states.
@@ -128,7 +129,8 @@ def _translate(grammar: Grammar) -> str:
         case "json_schema":
             options: Any = schema_options(is_lenient=grammar.is_lenient)
             try:
-                return LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
+                schema = json.dumps(bind_dates(json.loads(grammar.text)))
+                return LLMatcher.grammar_from_json_schema(schema, overrides=options)
             except ValueError:
                 raise GrammarFailed("it is not a JSON Schema") from None
         case "lark":

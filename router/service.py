@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from experts.errors import ConfigError
+from experts.logs import logged_request_id
 from router.block_pool import BLOCK_SIZE
 from router.engine import Engine
 from router.errors import BadRequest, ExpertsUnavailable, NotReady, QueueFull, StaleTable
@@ -88,6 +89,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> AsyncIterator[pb.GenerateResponse]:
+        logged_request_id.set(request.request_id or None)
         engine = self._state.engine
         own_version = self._state.weights_version
         if engine is None:
@@ -120,6 +122,10 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         finally:
             if not finished:  # the client left
                 engine.cancel(sequence)
+            logger.info(
+                "sequence prompt_tokens=%d tokens=%d finished=%s error=%s",
+                len(request.prompt_token_ids), sequence.num_generated, finished, error_text,
+            )  # fmt: skip
             if trace is not None:
                 error_text = error_text if finished else "the client left"
                 trace.end(sequence.started_s, sequence.first_token_s, sequence.num_generated, error_text)

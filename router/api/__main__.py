@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
 import socket
 import sys
 from pathlib import Path
+from typing import get_args
 
 import uvicorn
 
 from experts.errors import ExpertsError
+from experts.logs import LOG_FORMATS, set_up_logging
 from experts.served_certificate import ServedCertificate
 from router.api.app import create_app
 from router.api.errors import TokenizerError
 from router.api.router_client import StaticEndpoints
-from router.api.settings import ApiSettings
+from router.api.settings import ApiSettings, ReasoningField
 from router.tenancy.errors import TenancyError
 from router.tenancy.open_access import check_open_access
 
@@ -34,7 +35,7 @@ _KEEP_ALIVE_S = 75
 
 def main() -> int:
     arguments = _parse_arguments()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up_logging(log_format=arguments.log_format)
     settings = ApiSettings(
         checkpoint=arguments.checkpoint,
         served_model_names=tuple(arguments.served_model_name),
@@ -49,6 +50,8 @@ def main() -> int:
         metrics_compat=arguments.metrics_compat,
         trace_to=arguments.trace_to,
         trace_share=arguments.trace_share,
+        log_format=arguments.log_format,
+        reasoning_field=arguments.reasoning_field,
     )
     try:
         check_open_access(arguments.host, has_keys=arguments.keys_file is not None, is_allowed=arguments.no_auth)
@@ -116,6 +119,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trace-to", metavar="URL|FILE", help="where spans go: an OTLP/HTTP collector, or a file")
     parser.add_argument("--trace-share", type=float, default=ApiSettings.trace_share, help="of requests, from 0 to 1")
     parser.add_argument("--metrics-compat", choices=["none", "vllm"], default="none", help="further names in /metrics")
+    parser.add_argument("--reasoning-field", choices=get_args(ReasoningField), default=ApiSettings.reasoning_field)
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="json: one object per line")
     return parser.parse_args()
 
 

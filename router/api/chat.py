@@ -17,6 +17,7 @@ from router.api.connection import encode_json, open_stream, until_gone
 from router.api.context import ApiContext, get_context
 from router.api.generation import FinishReason, mark_left_out
 from router.api.logprobs import chat_logprobs
+from router.api.settings import ReasoningField
 from router.api.usage import make_usage
 
 routes = APIRouter()
@@ -54,7 +55,7 @@ async def _collect(context: ApiContext, job: ChatJob) -> Response:
             "choices": [
                 {
                     "index": index,
-                    "message": _format_message(answer),
+                    "message": _format_message(answer, context.settings.reasoning_field),
                     "logprobs": chat_logprobs(answer.tokens, context.tokenizer) if job.body.logprobs else None,
                     "finish_reason": answer.finish_reason,
                     **mark_left_out(answer.num_left_out),
@@ -68,10 +69,10 @@ async def _collect(context: ApiContext, job: ChatJob) -> Response:
     return Response(await context.build_json(build, num_tokens=num_logprobs), media_type="application/json")
 
 
-def _format_message(answer: ChatAnswer) -> dict[str, Any]:
+def _format_message(answer: ChatAnswer, reasoning_field: ReasoningField) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.content}
     if answer.reasoning:
-        message["reasoning_content"] = answer.reasoning
+        message |= _format_reasoning(answer.reasoning, reasoning_field)
     if answer.calls:
         message["content"] = answer.content or None
         message["tool_calls"] = [
@@ -96,7 +97,7 @@ async def _stream(context: ApiContext, job: ChatJob) -> AsyncGenerator[bytes, No
                 started.add(delta.index)
                 yield encode(_format_delta(delta.index, {"role": "assistant", "content": ""}))
             logprobs = chat_logprobs(delta.tokens, context.tokenizer) if job.body.logprobs and delta.tokens else None
-            pieces = [_format_event(event) for event in delta.events]
+            pieces = [_format_event(event, context.settings.reasoning_field) for event in delta.events]
             if logprobs is not None and not pieces:
                 pieces.append({"content": ""})
             for position, piece in enumerate(pieces):
@@ -108,12 +109,16 @@ async def _stream(context: ApiContext, job: ChatJob) -> AsyncGenerator[bytes, No
         yield encode_json({**envelope, "choices": [], "usage": _make_usage(job, usage)})
 
 
-def _format_event(event: Event) -> dict[str, Any]:
+def _format_reasoning(text: str, field: ReasoningField) -> dict[str, Any]:
+    return dict.fromkeys(("reasoning_content", "reasoning") if field == "both" else (field,), text)
+
+
+def _format_event(event: Event, reasoning_field: ReasoningField) -> dict[str, Any]:
     match event:
         case Content(text):
             return {"content": text}
         case Reasoning(text):
-            return {"reasoning_content": text}
+            return _format_reasoning(text, reasoning_field)
         case CallStart(index, call_id, name):
             function = {"name": name, "arguments": ""}
             return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}

@@ -79,6 +79,7 @@ async def encode_chat(
 async def prepare_chat(context: ApiContext, body: ChatRequest, request_id: str) -> ChatJob:
     """Everything up to the routers. Raises ApiError."""
     model = context.resolve_model(body.model)
+    context.set_priority(body.priority)
     if body.num_choices > context.settings.max_sequences:
         raise BadRequest(f"n: must not be more than {context.settings.max_sequences}.", param="n")
     context.check_token_ids(body.stop_token_ids, "stop_token_ids")

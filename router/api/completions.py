@@ -56,6 +56,7 @@ class _Job:
 
 
 async def _prepare(context: ApiContext, body: CompletionRequest, model: str, request_id: str) -> _Job:
+    context.set_priority(body.priority)
     num_sequences = len(body.prompt) * body.num_choices
     if num_sequences > context.settings.max_sequences:
         raise BadRequest(

@@ -26,6 +26,7 @@ from router.api.sampling_defaults import SamplingDefaults
 from router.api.settings import ApiSettings
 from router.api.status_cache import StatusCache
 from router.api.tokenizer import TextTokenizer
+from router.tenancy.priority import classify
 from router.tracing import Tracer
 
 ResultT = TypeVar("ResultT")
@@ -100,6 +101,11 @@ class ApiContext:
         if name is not None and name not in self.model_names:
             raise ModelNotFound(f"No such model; served here: {', '.join(self.model_names)}.", param="model")
         return get_current_use().choose_model(name, self.model_names)
+
+    def set_priority(self, number: int | None) -> None:
+        """As the body's field has it, over what the header says. Raises NotAllowed."""
+        if number is not None:
+            get_current_use().set_priority(classify(number), "priority")
 
     async def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         def encode() -> list[list[int]]:

@@ -11,6 +11,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from experts.logs import logged_request_id
 from router.api.api_metrics import ApiMetrics
 from router.api.errors import ClientGone, InternalError, Overloaded, error_response
 from router.api.request_scope import RequestScope, current_request
@@ -46,6 +47,7 @@ class Edge:
         if self._tracer is not None and scope["method"] == "POST":
             request.span = self._tracer.start("request", Headers(scope=scope).get("traceparent", ""))
         current_request.set(request)
+        logged_request_id.set(request_id)
         is_started = False
         # Of a client that leaves before there is a status.
         status = 499
@@ -55,7 +57,8 @@ class Edge:
             if message["type"] == "http.response.start":
                 is_started = True
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                if not self._settings.host_sends_request_id:
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         # Health and model lists are answered however full it is.

@@ -43,6 +43,7 @@ class _Writer:
         self._arguments = [
             *(sys.executable, "-m", "router.tenancy", "--until-input-closes"),
             *("--journal", str(settings.usage_journal), "--retention-days", str(settings.ledger_retention_days)),
+            *("--log-format", settings.log_format),
         ]
         # Not among the arguments, which every user of the machine can read: it may hold a password.
         self._url = settings.ledger_url or ""

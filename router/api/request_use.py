@@ -69,15 +69,24 @@ class RequestUse:
 
         Raises NotAllowed if its key may not have that priority.
         """
-        if priority is not None and account.priorities is not None and priority not in account.priorities:
-            allowed = ", ".join(account.priorities)
-            raise NotAllowed(f"This key may not ask for that priority; it may for: {allowed}.", code="priority")
         self.account = account
         self._request_id = request_id
         self._limits = limits
         self._journal = journal
-        self._priority = priority or choose_default(account.priorities)
+        self._priority = choose_default(account.priorities)
+        if priority is not None:
+            self.set_priority(priority)
         self._model = ""
+
+    def set_priority(self, priority: PriorityClass, param: str | None = None) -> None:
+        """param: the field that asks for it. Raises NotAllowed if the key may not have it."""
+        allowed = self.account.priorities
+        if allowed is not None and priority not in allowed:
+            names = ", ".join(allowed)
+            raise NotAllowed(
+                f"This key may not ask for that priority; it may for: {names}.", param=param, code="priority"
+            )
+        self._priority = priority
 
     def choose_model(self, name: str | None, served: Iterable[str]) -> str:
         """name, or the first served one that the key may use. Raises NotAllowed if it may not; served: the names that

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from experts.logs import LogFormat
+
+ReasoningField = Literal["reasoning_content", "reasoning", "both"]
+
 
 @dataclass(frozen=True)
 class ApiSettings:
@@ -71,5 +75,11 @@ class ApiSettings:
     """Of the requests without a traceparent that are sampled; the others go by what theirs says."""
     metrics_compat: Literal["none", "vllm"] = "none"
     """vllm: /metrics has vLLM's names, too."""
+    reasoning_field: ReasoningField = "reasoning_content"
+    """Of chat messages: DeepSeek's and SGLang's name, vLLM's newer one, or both of them."""
+    host_sends_request_id: bool = False
+    """Ray Serve's proxy does: it adds the client's, or one that it has made for the request, to every answer."""
+    log_format: LogFormat = "text"
+    """Of this process and its children."""
     num_text_threads: int = 2
     """Threads for tokenising, templates and large JSON, which would stall the event loop."""

@@ -24,8 +24,10 @@ def build_page(
     statuses: Mapping[str, router_pb2.StatusResponse | None],
     cluster: Mapping[str, Any] | None,
     max_step_s: float,
+    only_team: str | None = None,
 ) -> dict[str, Any]:
-    """statuses: of routers by endpoint; None: no answer. cluster: the controller's status; None: no controller."""
+    """statuses: of routers by endpoint; None: no answer. cluster: the controller's status; None: no controller.
+    only_team: whose queue is shown; None: all."""
     answered = [status for status in statuses.values() if status is not None]
     is_serving = any(status.ready and status.current_step_ms <= max_step_s * 1000 for status in answered)
     state = "ready" if is_serving else "not ready"
@@ -41,7 +43,7 @@ def build_page(
         "activity": dict(activity),
         "routers": _build_routers(statuses, cluster),
         "groups": _build_groups(answered, cluster),
-        "teams": _build_teams(answered),
+        "teams": [team for team in _build_teams(answered) if only_team in (None, team["team"])],
         "steps": _build_steps(answered),
     }
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from router.api.form_types import Tool
 from router.llguidance_grammars import schema_options
+from router.schema_dates import bind_dates
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -113,7 +114,7 @@ def write_grammar(
 
 def _with_options(schema: Mapping[str, Any], *, is_lenient: bool) -> dict[str, Any]:
     """A client's schema with our own options for the library, whatever it may say itself."""
-    return {**schema, "x-guidance": schema_options(is_lenient=is_lenient)}
+    return {**bind_dates(schema), "x-guidance": schema_options(is_lenient=is_lenient)}
 
 
 class _Literals:

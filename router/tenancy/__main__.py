@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import threading
 from pathlib import Path
 
+from experts.logs import LOG_FORMATS, set_up_logging
 from experts.stop_signal import StopSignal
 from router.tenancy.ledger_writer import LedgerWriter
 
@@ -26,8 +26,9 @@ def main() -> int:
     source.add_argument("--ledger", metavar="URL", help="sqlite:///FILE or postgresql://...")
     source.add_argument("--until-input-closes", action="store_true", help="and read the URL from there")
     parser.add_argument("--retention-days", type=int, default=400, help="then records become sums by day")
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text")
     options = parser.parse_args()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up_logging(log_format=options.log_format)
     ended = StopSignal()
     ended.install()
     url = options.ledger

@@ -22,6 +22,13 @@ class PriorityClass(enum.StrEnum):
 _NUMBERS = {PriorityClass.INTERACTIVE: -1, PriorityClass.STANDARD: 0, PriorityClass.BATCH: 1}
 
 
+def classify(number: int) -> PriorityClass:
+    """The class of a number that a client gives, as vLLM's clients do: lower goes first, 0 is the default."""
+    if number == 0:
+        return PriorityClass.STANDARD
+    return PriorityClass.INTERACTIVE if number < 0 else PriorityClass.BATCH
+
+
 def choose_default(allowed: Sequence[PriorityClass] | None) -> PriorityClass:
     """The class of a request that names none: standard, or the most urgent one allowed. None: all are."""
     if allowed is None or PriorityClass.STANDARD in allowed:

@@ -39,6 +39,7 @@ def test_every_setting_but_the_secret_has_a_flag():
             continue
         choice = {"dtype": "float32", "wire_dtype": "fp8", "combine": "exact", "device": "cpu", "log_level": "debug"}
         choice |= {"numerics": "uniform", "load_from": "peer", "kubernetes_scaling": "ray", "metrics_compat": "vllm"}
+        choice |= {"log_format": "json", "reasoning_field": "both"}
         flag = f"--{name.replace('_', '-')}"
         is_switch = ServeSettings.model_fields[name].annotation in (bool, bool | None)
         arguments += [flag] if is_switch else [flag, choice.get(name, "7")]

@@ -25,7 +25,7 @@ DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "checkpoint"
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    process = ServeProcess(tmp_path_factory.mktemp("serve"))
+    process = ServeProcess(tmp_path_factory.mktemp("serve"), "--log-format", "json")
     try:
         process.wait_ready()
         yield process
@@ -64,6 +64,37 @@ def test_chat_command_prints_an_answer(serve: ServeProcess):
     result = serve.run_command("chat", "--url", serve.url, "-m", "import os", "--max-tokens", "8", "--temperature", "0")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+def test_every_process_logs_json_with_request_ids_and_without_prompts(serve: ServeProcess):
+    secret, request_id = "correct horse battery", "of-this-test"
+    body = {"messages": [{"role": "user", "content": secret}], "max_tokens": 2}
+    answered = httpx.post(
+        f"{serve.url}/v1/chat/completions", json=body, headers={"X-Request-Id": request_id}, timeout=60
+    )
+    assert answered.status_code == 200
+    assert answered.headers.get_list("X-Request-Id") == [request_id]
+    [state] = (json.loads(path.read_text()) for path in Path(serve.environment["SHOAL_STATE_DIR"]).glob("*.json"))
+    folder = Path(state["session_folder"]) / "logs"
+
+    def read_logs() -> list[str]:
+        return [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
+
+    def read_lines() -> list[dict[str, Any]]:
+        lines = [line for text in (*read_logs(), serve.stderr) for line in text.splitlines() if line.startswith("{")]
+        return [line for line in map(json.loads, lines) if "logger" in line]
+
+    def find_loggers() -> set[str]:
+        return {line["logger"] for line in read_lines() if line.get("request_id", "").startswith(request_id)}
+
+    wait_for(lambda: find_loggers() >= {"router.api.edge", "router.service"}, 10)
+    loggers = {line["logger"] for line in read_lines()}
+    assert loggers >= {"cluster.serve_command", "cluster.controller", "experts.load_progress"}
+    [request] = [
+        line for line in read_lines() if line["logger"] == "router.api.edge" and line["request_id"] == request_id
+    ]
+    assert (request["level"], request["status"], request["route"]) == ("info", 200, "/v1/chat/completions")
+    assert not [text for text in read_logs() if secret in text]
 
 
 def test_answer_is_the_same_when_asked_again(serve: ServeProcess, undisturbed: str):

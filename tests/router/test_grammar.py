@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,38 @@ def test_what_matches_may_come_token_by_token_and_then_end(
         matcher.advance(token_id)
     assert EOS in allowed_ids(matcher)
     matcher.advance(EOS)
+
+
+def matches(compiler: LlguidanceCompiler, tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
+    matcher = compiler.compile(grammar)
+    try:
+        for token_id in encode(tokenizer, text):
+            matcher.advance(token_id)
+    except GrammarFailed:
+        return False
+    return EOS in allowed_ids(matcher)
+
+
+@pytest.mark.parametrize("form", ["date", "date-time"])
+def test_dates_are_days_that_there_are(compiler: LlguidanceCompiler, tokenizer: Tokenizer, form: str) -> None:
+    """datetime is the judge."""
+    grammar = schema({"type": "string", "format": form, "pattern": "^[0-9]", "allOf": [{"maxLength": 30}]})
+    rest = "T10:00:00Z" if form == "date-time" else ""
+    for year in (0, 1, 4, 99, 100, 400, 1000, 1900, 1996, 2000, 2023, 2024, 2100, 9999):
+        for day in ("01-01", "02-28", "02-29", "02-30", "04-30", "04-31", "12-31", "13-01", "12-00"):
+            text = f"{year:04}-{day}"
+            try:
+                datetime.date.fromisoformat(text)
+                is_day = True
+            except ValueError:
+                is_day = False
+            assert matches(compiler, tokenizer, grammar, f'"{text}{rest}"') == is_day, text
+
+
+def test_what_only_looks_like_a_date_format_stays(compiler: LlguidanceCompiler, tokenizer: Tokenizer) -> None:
+    assert matches(compiler, tokenizer, schema({"const": {"format": "date"}}), '{"format":"date"}')
+    named = schema({"type": "object", "properties": {"format": {"enum": ["date", "x"]}}, "required": ["format"]})
+    assert matches(compiler, tokenizer, named, '{"format":"x"}')
 
 
 def test_what_does_not_match_may_not_come(compiler: LlguidanceCompiler, tokenizer: Tokenizer) -> None:

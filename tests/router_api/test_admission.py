@@ -127,6 +127,21 @@ def test_a_key_may_do_only_what_it_is_allowed(keyed: Keyed, router: ScriptedRout
     assert router.requests == []
 
 
+def test_the_body_may_say_its_priority_as_vllms_clients_do(keyed: Keyed, router: ScriptedRouter) -> None:
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "priority": 7}
+    headers = {"authorization": f"Bearer {keyed.free}", "x-shoal-priority": "interactive"}
+    assert keyed.http.post("/v1/chat/completions", json=chat, headers=headers).status_code == 200
+    for number in (-5, 0):
+        assert keyed.post(keyed.free, {**BODY, "priority": number}).status_code == 200
+    assert keyed.post(keyed.batch, {**BODY, "priority": 1}).status_code == 200
+    assert [request.priority for request in router.requests] == [1, -1, 0, 1]
+    refused = keyed.post(keyed.batch, {**BODY, "priority": 0})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (403, "priority")
+    for wrong in ("1", 1.0, True, 2**40):
+        assert keyed.post(keyed.free, {**BODY, "priority": wrong}).json()["error"]["param"] == "priority"
+    assert len(router.requests) == 4
+
+
 def test_limits_are_told_in_headers_and_what_exceeds_them_is_told_when_to_come_back(
     keyed: Keyed, router: ScriptedRouter
 ) -> None:

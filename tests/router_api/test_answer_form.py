@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from router.api.answer_parser import ANSWER_MARKERS, StandIns
 from router.api.chat_template import ChatTemplate
 from router.api.chat_types import ChatRequest, Message
 from router.api.form_types import Function, Tool
+from router.api.router_client import StaticEndpoints
+from router.api.settings import ApiSettings
 from router.api.tokenizer import TextTokenizer
 from router.api.tool_formats import CALLS_BEGIN, TAGS, V3, V3_1, find_format, write_grammar
 from router.errors import GrammarFailed
@@ -267,6 +270,27 @@ def test_a_stop_string_may_be_a_marker(client: openai.OpenAI, router: ScriptedRo
     completion = client.chat.completions.create(model=MODEL, messages=MESSAGES, stop=["</think>"])
     assert completion.choices[0].finish_reason == "stop"
     assert getattr(completion.choices[0].message, "reasoning_content", None) == "hm"
+
+
+@pytest.mark.parametrize(
+    ("field", "names"), [("reasoning", ["reasoning"]), ("both", ["reasoning", "reasoning_content"])]
+)
+def test_the_field_of_the_reasoning_is_a_setting(
+    settings: ApiSettings, router: ScriptedRouter, tokenizer: TextTokenizer, field: Any, names: list[str]
+) -> None:
+    router.script = answer(ids_of(tokenizer, "<think>hm</think>yes"), stop_id=1)
+    server = ApiServer(replace(settings, reasoning_field=field), StaticEndpoints([router.endpoint]))
+    try:
+        body = {"model": MODEL, "messages": MESSAGES}
+        message = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"][0]["message"]
+        lines = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "stream": True}).text.splitlines()
+    finally:
+        server.stop()
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
+    assert message["content"] == "yes"
+    for name in ("reasoning", "reasoning_content"):
+        assert message.get(name) == ("hm" if name in names else None)
+        assert "".join(delta.get(name, "") for delta in deltas) == ("hm" if name in names else "")
 
 
 @pytest.fixture(scope="module")

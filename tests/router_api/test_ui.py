@@ -9,6 +9,8 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from router.api.router_client import StaticEndpoints
 from router.api.settings import ApiSettings
 from router.api.tokenizer import TextTokenizer
 from router.api.viewer import derive_viewer_token, is_admin
+from router.tenancy.key_file import make_key, new_key_file, save_key_file
 from router.v1 import router_pb2
 from tests.browser import Page, open_page
 from tests.router_api.api_server import ApiServer
@@ -180,6 +183,25 @@ def test_state_joins_what_controller_and_routers_say(http: httpx.Client):
     assert routers == {"r0": "ready", "r1": "dead"}
     assert page["groups"][1]["traffic"]["num_retries"] == 1
     assert page["teams"][0] == {"team": "search", "num_running": 4, "num_waiting": 1}
+
+
+def test_a_team_sees_its_own_queue_and_the_administrator_all(
+    settings: ApiSettings, scripted: ScriptedRouter, cluster: ScriptedCluster, tmp_path: Path
+):
+    file, key = make_key(new_key_file(), "support", datetime.now(UTC))
+    save_key_file(tmp_path / "keys.json", file)
+    keyed = replace(settings, keys_file=tmp_path / "keys.json", viewer_token=derive_viewer_token("admin"))
+    server = ApiServer(keyed, StaticEndpoints([scripted.endpoint]), cluster)
+
+    def list_teams(token: str) -> list[str]:
+        answered = httpx.get(f"{server.url}/ui/state", headers={"Authorization": f"Bearer {token}"}, timeout=10)
+        return [team["team"] for team in answered.json()["teams"]]
+
+    try:
+        assert list_teams(key.text) == ["support"]
+        assert list_teams("admin") == ["search", "support"]
+    finally:
+        server.stop()
 
 
 def test_events_come_after_the_last_one_seen(http: httpx.Client):
