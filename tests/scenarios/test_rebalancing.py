@@ -7,10 +7,11 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.biased_checkpoint import write_biased_checkpoint
-from tests.ray.serve_process import ADMIN_TOKEN, CLIENT, ServeProcess, stream_chat, wait_for
+from tests.ray.serve_process import ADMIN_TOKEN, TLS_CONTEXT, ServeProcess, stream_chat, wait_for
 from tests.scenarios.stream_load import StreamLoad
 from tests.scenarios.test_scaling import find_controller, list_replicas, run_json
 
@@ -61,7 +62,8 @@ def test_a_skewed_load_is_evened_out_while_it_is_served(tmp_path: Path) -> None:
 
 def _is_moving(serve: ServeProcess) -> bool:
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-    current = CLIENT.get(f"{serve.admin_url}/rebalance", headers=headers, timeout=10).json()["current"]
+    options = {"headers": headers, "timeout": 10, "verify": TLS_CONTEXT, "trust_env": False}
+    current = httpx.get(f"{serve.admin_url}/rebalance", **options).json()["current"]
     return current is not None and current["phase"] == "moving"
 
 
