@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 BESIDE_TESTS := tests/ray tests/scenarios tests/kubernetes tests/reference tests/cluster
 BESIDE_LOG := $(VENV)/tests-beside.log
 
-.PHONY: setup serve test chaos check format proto dashboards bench fuzz compat image clean
+.PHONY: setup serve test chaos check format proto dashboards bench fuzz compat audit image clean
 
 # Everything the project needs, in .venv; repeated only when what decides it changes.
 setup: $(VENV)/.installed
@@ -82,6 +82,11 @@ fuzz: setup
 compat: setup
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[test,compat]'
 	$(BIN)/python -m tests.compat
+
+# Digests of the locked packages, and known vulnerabilities in them; fails where either cannot be looked up.
+audit: setup
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock 'pip-audit>=2.10'
+	$(BIN)/python -m deploy.locked_hashes audit
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

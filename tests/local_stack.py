@@ -128,6 +128,7 @@ class StackOptions:
     # Folder of the certificates that everything uses; None: unencrypted.
     tls_dir: Path | None = None
     extra_router_arguments: tuple[str, ...] = ()
+    extra_api_arguments: tuple[str, ...] = ()
 
 
 @dataclass
@@ -215,6 +216,7 @@ def local_stack(
             ]
             router = start("router", router_arguments(checkpoint, options, router_expert_ports, router_port))
             front_arguments = [*api_arguments(checkpoint, [router_port], api_port), *_tls_arguments(options)]
+            front_arguments += options.extra_api_arguments
             api = start("api", front_arguments) if options.api else None
             stack = LocalStack(
                 checkpoint=checkpoint,

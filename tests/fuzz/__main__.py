@@ -10,9 +10,11 @@ import argparse
 import json
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.fuzz.fuzzer import measure_victim, run_fuzz, sum_resident_bytes
+from router.tenancy.key_file import make_key, new_key_file, save_key_file
+from tests.fuzz.fuzzer import Keys, measure_victim, read_resident_bytes, run_fuzz
 from tests.fuzz.mutations import make_proper_request
 from tests.local_stack import REPOSITORY, StackOptions, local_stack
 
@@ -20,6 +22,8 @@ CHECKPOINT = REPOSITORY / "deploy" / "demo" / "checkpoint"
 # Of the requests, after which memory has to be flat: caches of grammars and prefixes are full by then.
 WARM_UP_SHARE = 0.25
 MAX_GROWTH = 0.10
+# What is valid, however odd, is short work: the demo's whole context in one request of the fuzzer takes minutes.
+MAX_MODEL_LEN = 512
 # As many requests at once that are proper, for comparison: on a full machine everybody waits.
 PROPER_SHARE = 0.1
 MAX_SLOWER = 1.0
@@ -34,26 +38,42 @@ def main() -> int:
     num_warm = int(options.requests * WARM_UP_SHARE)
     seeds = range(options.first_seed, options.first_seed + options.requests)
     proper_seeds = range(int(options.requests * PROPER_SHARE))
-    stack_options = StackOptions(num_groups=2, dtype="bfloat16", wire_dtype="bfloat16")
-    with tempfile.TemporaryDirectory() as folder, local_stack(CHECKPOINT, Path(folder), stack_options) as stack:
-        pids = list(stack.pids().values())
-        alone = measure_victim(stack.base_url, 100)
-        warm = run_fuzz(stack.base_url, seeds[:num_warm], parallel=options.parallel)
-        proper = run_fuzz(stack.base_url, proper_seeds, parallel=options.parallel, make=make_proper_request)
-        before_bytes = sum_resident_bytes(pids)
-        rest = run_fuzz(stack.base_url, seeds[num_warm:], parallel=options.parallel)
-        after_bytes = sum_resident_bytes(pids)
-        after = measure_victim(stack.base_url, 100)
+    with tempfile.TemporaryDirectory() as folder:
+        file, fuzzer = make_key(new_key_file(), "fuzzer", datetime.now(UTC))
+        file, victim = make_key(file, "victim", datetime.now(UTC))
+        save_key_file(Path(folder) / "keys.json", file)
+        keys = Keys(fuzzer.text, victim.text)
+        stack_options = StackOptions(
+            num_groups=2,
+            dtype="bfloat16",
+            wire_dtype="bfloat16",
+            max_model_len=MAX_MODEL_LEN,
+            extra_api_arguments=(
+                *("--max-model-len", str(MAX_MODEL_LEN)),
+                *("--keys-file", str(Path(folder) / "keys.json")),
+            ),
+        )
+        with local_stack(CHECKPOINT, Path(folder) / "logs", stack_options) as stack:
+            url, pids = stack.base_url, stack.pids()
+            alone = measure_victim(url, 100, keys.victim)
+            warm = run_fuzz(url, seeds[:num_warm], parallel=options.parallel, keys=keys)
+            proper = run_fuzz(url, proper_seeds, parallel=options.parallel, make=make_proper_request, keys=keys)
+            before = read_resident_bytes(pids)
+            rest = run_fuzz(url, seeds[num_warm:], parallel=options.parallel, keys=keys)
+            resident = read_resident_bytes(pids)
+            after = measure_victim(url, 100, keys.victim)
     failures = [*alone.failures, *warm.failures, *proper.failures, *rest.failures, *after.failures]
     slower = max(rest.victim_quantile_s(percent) / proper.victim_quantile_s(percent) for percent in (50, 95))
-    growth = after_bytes / before_bytes - 1
+    growth = sum(resident.values()) / sum(before.values()) - 1
     num_requests = warm.num_requests + rest.num_requests
     result = {
         "requests": num_requests,
         "requests_per_s": round(num_requests / (warm.seconds + rest.seconds), 1),
         "statuses": {str(status): count for status, count in sorted((warm.statuses + rest.statuses).items())},
-        "failures": failures[:20],
-        "resident_mb": [round(before_bytes / 1e6), round(after_bytes / 1e6)],
+        "num_failures": len(failures),
+        "failures": failures[:40],
+        "longest_stall_of_the_fuzzer_s": round(max(warm.longest_stall_s, rest.longest_stall_s), 1),
+        "resident_mb": {name: [round(before[name] / 1e6), round(resident[name] / 1e6)] for name in before},
         "victim_ms": {
             name: {f"p{percent}": round(1000 * report.victim_quantile_s(percent), 1) for percent in (50, 95, 99)}
             for name, report in (

@@ -13,9 +13,10 @@ import multiprocessing.synchronize
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import httpx
 import psutil
@@ -25,6 +26,9 @@ from tests.fuzz.mutations import FuzzRequest, make_request
 # A request that has no answer by then counts as hanging.
 HANG_S = 60.0
 VICTIM_BODY = {"prompt": "import os", "max_tokens": 4, "temperature": 0}
+# For quantiles of its times.
+MIN_VICTIM_REQUESTS = 20
+STALL_INTERVAL_S = 0.1
 # The client of a request that leaves is gone after this long.
 LEAVING_S = 0.02
 
@@ -36,6 +40,8 @@ class FuzzReport:
     """What was wrong, with the seed that repeats it."""
     victim_s: list[float] = field(default_factory=list[float])
     seconds: float = 0.0
+    longest_stall_s: float = 0.0
+    """Of the fuzzer itself: a request that hangs for less than that may be the machine's fault."""
 
     @property
     def num_requests(self) -> int:
@@ -45,16 +51,32 @@ class FuzzReport:
         return statistics.quantiles(self.victim_s, n=100)[percent - 1]
 
 
+class Keys(NamedTuple):
+    """Of two teams, so that the one's requests are none of the other's business. Empty: the server has no keys."""
+
+    fuzzer: str = ""
+    victim: str = ""
+
+
+NO_KEYS = Keys()
+
+
 def run_fuzz(
-    url: str, seeds: Sequence[int], *, parallel: int, make: Callable[[int], FuzzRequest] = make_request
+    url: str,
+    seeds: Sequence[int],
+    *,
+    parallel: int,
+    make: Callable[[int], FuzzRequest] = make_request,
+    keys: Keys = NO_KEYS,
 ) -> FuzzReport:
     """make: the request of a seed."""
     spawning = multiprocessing.get_context("spawn")
-    is_over = spawning.Event()
-    with ProcessPoolExecutor(1, spawning, _keep, (is_over,)) as victims:
-        victim = victims.submit(_suffer_on, url)
+    has_begun, is_over = spawning.Event(), spawning.Event()
+    with ProcessPoolExecutor(1, spawning, _keep, (has_begun, is_over)) as victims:
+        victim = victims.submit(_suffer_on, url, keys.victim)
         try:
-            report = asyncio.run(_run(url, seeds, parallel, make))
+            assert has_begun.wait(HANG_S), "the victim did not begin"
+            report = asyncio.run(_run(url, seeds, parallel, make, keys.fuzzer))
         finally:
             is_over.set()
         report.victim_s, failures = victim.result(2 * HANG_S)
@@ -62,30 +84,48 @@ def run_fuzz(
     return report
 
 
-def measure_victim(url: str, num_requests: int) -> FuzzReport:
+def measure_victim(url: str, num_requests: int, key: str = "") -> FuzzReport:
     """The victim alone."""
     report = FuzzReport()
-    with httpx.Client(base_url=url, timeout=HANG_S, trust_env=False) as client:
+    with httpx.Client(base_url=url, timeout=HANG_S, trust_env=False, headers=_write_key(key)) as client:
         for _ in range(num_requests):
             _suffer_once(client, report.victim_s, report.failures)
     return report
 
 
-def sum_resident_bytes(pids: Sequence[int]) -> int:
-    return sum(psutil.Process(pid).memory_info().rss for pid in pids)
+def read_resident_bytes(pids: Mapping[str, int]) -> dict[str, int]:
+    return {name: psutil.Process(pid).memory_info().rss for name, pid in pids.items()}
 
 
-async def _run(url: str, seeds: Sequence[int], parallel: int, make: Callable[[int], FuzzRequest]) -> FuzzReport:
+def _write_key(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+async def _run(
+    url: str, seeds: Sequence[int], parallel: int, make: Callable[[int], FuzzRequest], key: str
+) -> FuzzReport:
     report = FuzzReport()
     remaining = iter(seeds)
     limits = httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel)
     started_s = time.monotonic()
-    async with httpx.AsyncClient(base_url=url, timeout=HANG_S, limits=limits, trust_env=False) as client:
+    headers = _write_key(key)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=HANG_S, limits=limits, trust_env=False, headers=headers
+    ) as client:
+        watch = asyncio.create_task(_watch(report))
         async with asyncio.TaskGroup() as group:
             for _ in range(parallel):
                 group.create_task(_work(client, remaining, report, make))
+        watch.cancel()
     report.seconds = time.monotonic() - started_s
     return report
+
+
+async def _watch(report: FuzzReport) -> None:
+    while True:
+        before_s = time.monotonic()
+        await asyncio.sleep(STALL_INTERVAL_S)
+        report.longest_stall_s = max(report.longest_stall_s, time.monotonic() - before_s - STALL_INTERVAL_S)
 
 
 async def _work(
@@ -143,21 +183,23 @@ def _loads(text: str) -> object:
         return None
 
 
+_has_begun: multiprocessing.synchronize.Event
 _is_over: multiprocessing.synchronize.Event
 
 
-def _keep(is_over: multiprocessing.synchronize.Event) -> None:
-    global _is_over
-    _is_over = is_over
+def _keep(has_begun: multiprocessing.synchronize.Event, is_over: multiprocessing.synchronize.Event) -> None:
+    global _has_begun, _is_over
+    _has_begun, _is_over = has_begun, is_over
 
 
-def _suffer_on(url: str) -> tuple[list[float], list[str]]:
+def _suffer_on(url: str, key: str) -> tuple[list[float], list[str]]:
     """Until it is over. Returns how long each request took, and what went wrong."""
     times_s: list[float] = []
     failures: list[str] = []
-    with httpx.Client(base_url=url, timeout=HANG_S, trust_env=False) as client:
-        while not _is_over.is_set():
+    with httpx.Client(base_url=url, timeout=HANG_S, trust_env=False, headers=_write_key(key)) as client:
+        while not _is_over.is_set() or len(times_s) < MIN_VICTIM_REQUESTS:
             _suffer_once(client, times_s, failures)
+            _has_begun.set()
     return times_s, failures
 
 
