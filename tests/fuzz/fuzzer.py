@@ -43,6 +43,13 @@ class FuzzReport:
     longest_stall_s: float = 0.0
     """Of the fuzzer itself: a request that hangs for less than that may be the machine's fault."""
 
+    def add(self, other: FuzzReport) -> None:
+        self.statuses += other.statuses
+        self.failures += other.failures
+        self.victim_s += other.victim_s
+        self.seconds += other.seconds
+        self.longest_stall_s = max(self.longest_stall_s, other.longest_stall_s)
+
     @property
     def num_requests(self) -> int:
         return self.statuses.total()

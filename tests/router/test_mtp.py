@@ -372,7 +372,7 @@ SHAPES = [
 ]
 
 
-def bind(folder: Path, asked: Sequence[GenerationRequest]) -> list[GrammarState]:
+def bind(folder: Path, asked: Sequence[GenerationRequest], shapes: Sequence[Grammar] = SHAPES) -> list[GrammarState]:
     """A state for each request, behind its answer tokens."""
     model = Checkpoint(folder).config
     compiler = LlguidanceCompiler.from_checkpoint(folder, model.vocab_size, model.eos_token_ids)
@@ -381,14 +381,16 @@ def bind(folder: Path, asked: Sequence[GenerationRequest]) -> list[GrammarState]
         GrammarState(
             compiler.compile(shape), shape.start_after, each.prompt_token_ids[len(each.prompt_token_ids) - n :]
         )
-        for each, shape in zip(asked, SHAPES, strict=False)
+        for each, shape in zip(asked, shapes, strict=False)
         for n in (each.num_answer_tokens,)
     ]
 
 
-async def run_bound(engine: Engine, folder: Path, asked: Sequence[GenerationRequest]) -> list[SequenceOutput]:
+async def run_bound(
+    engine: Engine, folder: Path, asked: Sequence[GenerationRequest], shapes: Sequence[Grammar] = SHAPES
+) -> list[SequenceOutput]:
     """Each of the first requests with a grammar, the others free."""
-    states: list[GrammarState | None] = [*bind(folder, asked), *[None] * len(asked)]
+    states: list[GrammarState | None] = [*bind(folder, asked, shapes), *[None] * len(asked)]
     sequences = [engine.submit(each, state) for each, state in zip(asked, states, strict=False)]
     return [await collect(sequence) for sequence in sequences]
 
@@ -413,6 +415,28 @@ async def test_grammars_hold_whatever_is_drafted_and_wherever_the_answer_goes_on
         async with serving(checkpoint, FixedDepth(depth)) as (engine, _):
             rest = await run_bound(engine, checkpoint, remaining)
         assert_same(rest, [replace(output, tokens=output.tokens[num_sent:]) for output in whole])
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+async def test_grammars_hold_through_preemption_and_reused_prefixes(checkpoint: Path, depth: int) -> None:
+    """In a cache too small for all of them, and twice, so that the second time begins with cached blocks."""
+    wide = [replace(each, ignore_eos=False) for each in build_requests(replace(WARM, temperature=1.0), 120)]
+    narrow = [each for each in wide if len(each.prompt_token_ids) < 20]
+    shapes = [Grammar("regex", "[a-z]{300,400}"), Grammar("regex", "(ab|cd|x){200,400}")] * 8
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    async with serving(checkpoint, None) as (engine, _):
+        whole, expected = [await run_bound(engine, checkpoint, asked, shapes) for asked in (wide, narrow)]
+    for output in expected[:1]:
+        assert re.fullmatch("[a-z]+", tokenizer.decode(token_ids(output)))
+    limits = SchedulerLimits(max_num_seqs=8, max_batched_tokens=64, num_blocks=5, max_waiting=32)
+    answers = {each.prompt_token_ids: token_ids(output) for each, output in zip(narrow, expected, strict=True)}
+    async with serving(checkpoint, FixedDepth(depth), limits=limits, answers=answers) as (engine, _):
+        assert_same(await run_bound(engine, checkpoint, narrow, shapes), expected)
+        assert engine.progress().num_preemptions > 0
+    async with serving(checkpoint, FixedDepth(depth), limits=replace(WIDE, max_batched_tokens=13)) as (engine, _):
+        assert_same(await run_bound(engine, checkpoint, wide, shapes), whole)
+        assert_same(await run_bound(engine, checkpoint, wide, shapes), whole)
+        assert engine.progress().num_cached_tokens > 0
 
 
 async def test_drafts_keep_to_the_grammar(checkpoint: Path) -> None:
