@@ -28,6 +28,8 @@ NUM_PARTS = 6
 MAX_GROWTH = 0.03
 # What is valid, however odd, is short work: the demo's whole context in one request of the fuzzer takes minutes.
 MAX_MODEL_LEN = 512
+# Pages of the cache that nobody has used yet are no memory yet: this one is full after the warm-up.
+KV_CACHE_TOKENS = 32 * MAX_MODEL_LEN
 # As many requests at once that are proper, for comparison: on a full machine everybody waits.
 PROPER_SHARE = 0.1
 MAX_SLOWER = 1.0
@@ -57,6 +59,7 @@ def main() -> int:
             dtype="bfloat16",
             wire_dtype="bfloat16",
             max_model_len=MAX_MODEL_LEN,
+            extra_router_arguments=("--kv-cache-tokens", str(KV_CACHE_TOKENS)),
             extra_api_arguments=(
                 *("--max-model-len", str(MAX_MODEL_LEN)),
                 *("--keys-file", str(Path(folder) / "keys.json")),
@@ -98,7 +101,7 @@ def main() -> int:
             {"name": "requests", "asked": 20_000, "measured": num_requests, "unit": "", "ok": num_requests >= 20_000},
             {"name": "failures", "asked": 0, "measured": len(failures), "unit": "", "ok": not failures},
             {
-                "name": "memory growth",
+                "name": "memory growth of all processes together",
                 "asked": MAX_GROWTH,
                 "measured": round(growth, 3),
                 "unit": "share",
