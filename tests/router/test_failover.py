@@ -105,7 +105,8 @@ async def test_frames_of_a_silent_replica_that_leaves_the_table_move_at_once(
         expected = await run(dispatcher, asked)
         proxy.stall()
         waiting = [asyncio.create_task(run(dispatcher, asked)) for _ in range(4)]
-        await wait_for(lambda: sum(task.done() for task in waiting) >= 2)
+        # Each replica has at least one of them; how many more, their speeds decide.
+        await wait_for(lambda: any(task.done() for task in waiting))
         assert not all(task.done() for task in waiting)
         first, second = replicated.table(2).groups
         pool.apply(ExpertTable(2, (first, GroupEntry(second.name, second.hosted, second.replicas[1:]))))
