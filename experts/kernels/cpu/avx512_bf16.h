@@ -67,10 +67,12 @@ static inline int lines_ahead(int rows) { return rows <= 2 ? 2 * kPairsPerBlock 
 template <int kRows, int kParts, class Lines>
 static inline void multiply_rows(const Lines& lines, const uint16_t* x, const float* scales, bool first, float* sums) {
     __m512 sum[kRows][2];
-    for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
     for (int pair = 0; pair < kPairsPerBlock; ++pair) {
         const e4m3::Line line = lines(pair);
         const __m512bh low = (__m512bh)line.low, high = (__m512bh)line.high;
+#pragma GCC unroll 16
         for (int i = 0; i < kRows * kParts; ++i) {
             int32_t both;
             std::memcpy(&both, x + i * kBlockColumns + pair * 2, 4);
@@ -80,7 +82,9 @@ static inline void multiply_rows(const Lines& lines, const uint16_t* x, const fl
             to[1] = _mm512_dpbf16_ps(to[1], high, value);
         }
     }
+#pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             float* to = sums + row * kPanelRows + half * kHalfRows;
             const __m512 scale = _mm512_set1_ps(scales[half]);

@@ -30,22 +30,37 @@ inline float gumbel_noise(uint64_t key, int32_t token_id) {
     return float(-std::log(-std::log(uniform)));
 }
 
-// e^x for x <= 0, to about 2 units in the last place; plain arithmetic, so that the compiler makes vectors of it.
-__attribute__((always_inline)) inline float exp_below_one(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    const float n = std::floor(x * 1.44269504f + 0.5f);
-    const float r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+// Sixteen values side by side, whatever the instruction set makes of them: so its order of adding up is always the same.
+// Vectors by hand: comparisons and sums of floats are none that a compiler may rearrange.
+constexpr int32_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntLanes __attribute__((vector_size(kLanes * 4)));
+
+#define SHOAL_INLINE __attribute__((always_inline)) inline
+
+SHOAL_INLINE void load_lanes(const float* from, Lanes& lanes) { std::memcpy(&lanes, from, sizeof lanes); }
+
+// values = e^values for values <= 0, to about 2 units in the last place.
+SHOAL_INLINE void exp_below_one(Lanes& values) {
+    const Lanes x = values < -87.0f ? Lanes{} - 87.0f : values;
+    const Lanes to_round = x * 1.44269504f + 0.5f;
+    Lanes n = __builtin_convertvector(__builtin_convertvector(to_round, IntLanes), Lanes);
+    n = n > to_round ? n - 1.0f : n;
+    const Lanes r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    Lanes p = 1.9875691500e-4f + Lanes{};
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const int32_t bits = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
+    values = p * (Lanes)((__builtin_convertvector(n, IntLanes) + 127) << 23);
+}
+
+SHOAL_INLINE float exp_below_one(float value) {
+    Lanes lanes = value + Lanes{};
+    exp_below_one(lanes);
+    return lanes[0];
 }
 
 #if defined(__x86_64__)
@@ -56,26 +71,58 @@ __attribute__((always_inline)) inline float exp_below_one(float x) {
 
 SHOAL_CLONES inline float find_best(const float* logits, int32_t size) {
     float best = logits[0];
-    for (int32_t i = 1; i < size; ++i) best = logits[i] > best ? logits[i] : best;
+    int32_t i = 0;
+    if (size >= kLanes) {
+        Lanes most, values;
+        load_lanes(logits, most);
+        for (; i + kLanes <= size; i += kLanes) {
+            load_lanes(logits + i, values);
+            most = values > most ? values : most;
+        }
+        for (int32_t lane = 0; lane < kLanes; ++lane) best = most[lane] > best ? most[lane] : best;
+    }
+    for (; i < size; ++i) best = logits[i] > best ? logits[i] : best;
     return best;
 }
 
-SHOAL_CLONES inline void temper(const float* logits, float best, float temperature, int32_t size, float* tempered) {
-    for (int32_t i = 0; i < size; ++i) tempered[i] = (logits[i] - best) / temperature;
+// And the largest of every kBlock of them, so that who looks for large ones may pass over the others.
+constexpr int32_t kBlock = 64;
+
+SHOAL_CLONES inline void temper(const float* logits, float best, float temperature, int32_t size, float* tempered,
+                                float* largest) {
+    for (int32_t begin = 0; begin < size; begin += kBlock) {
+        const int32_t end = begin + kBlock < size ? begin + kBlock : size;
+        int32_t i = begin;
+        Lanes most = Lanes{} - INFINITY, values;
+        for (; i + kLanes <= end; i += kLanes) {
+            load_lanes(logits + i, values);
+            values = (values - best) / temperature;
+            std::memcpy(tempered + i, &values, sizeof values);
+            most = values > most ? values : most;
+        }
+        float highest = -INFINITY;
+        for (int32_t lane = 0; lane < kLanes; ++lane) highest = most[lane] > highest ? most[lane] : highest;
+        for (; i < end; ++i) {
+            tempered[i] = (logits[i] - best) / temperature;
+            highest = tempered[i] > highest ? tempered[i] : highest;
+        }
+        largest[begin / kBlock] = highest;
+    }
 }
 
-// Of those at or above the floor, in an order that no instruction set changes: sixteen sums side by side.
+// Of those at or above the floor.
 SHOAL_CLONES inline double sum_of_exp(const float* tempered, int32_t size, float floor) {
-    float sums[16] = {};
+    Lanes sums{}, values;
     int32_t i = 0;
-    for (; i + 16 <= size; i += 16)
-        for (int32_t lane = 0; lane < 16; ++lane) {
-            const float value = tempered[i + lane];
-            sums[lane] += value >= floor ? exp_below_one(value) : 0.0f;
-        }
+    for (; i + kLanes <= size; i += kLanes) {
+        load_lanes(tempered + i, values);
+        Lanes powers = values;
+        exp_below_one(powers);
+        sums += values >= floor ? powers : Lanes{};
+    }
     double total = 0;
     for (; i < size; ++i) total += tempered[i] >= floor ? exp_below_one(tempered[i]) : 0.0f;
-    for (float sum : sums) total += sum;
+    for (int32_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
     return total;
 }
 
@@ -85,7 +132,8 @@ class Sampler {
         // Distances from the best token, which stays at 0: a temperature near 0 would make several logits infinite.
         tempered_.resize(vocab_size);
         float* tempered = tempered_.data();
-        temper(logits, find_best(logits, vocab_size), row.temperature, vocab_size, tempered);
+        largest_.resize((vocab_size + kBlock - 1) / kBlock);
+        temper(logits, find_best(logits, vocab_size), row.temperature, vocab_size, tempered, largest_.data());
         const float floor = row.min_p > 0 ? std::log(row.min_p) : -INFINITY;
         if (row.top_k <= 0 && row.top_p >= 1) {
             Choice choice;
@@ -128,8 +176,11 @@ class Sampler {
         for (float depth = 4;; depth *= 2) {
             const float least = std::max(floor, -depth);
             kept_.clear();
-            for (int32_t i = 0; i < vocab_size; ++i)
-                if (tempered[i] >= least) kept_.push_back({tempered[i], i});
+            for (int32_t begin = 0; begin < vocab_size; begin += kBlock) {
+                if (!(largest_[begin / kBlock] >= least)) continue;
+                for (int32_t i = begin; i < std::min(begin + kBlock, vocab_size); ++i)
+                    if (tempered[i] >= least) kept_.push_back({tempered[i], i});
+            }
             const bool is_all = least == floor || depth > 1e6f || int32_t(kept_.size()) == vocab_size;
             if (row.top_k > 0 && int32_t(kept_.size()) < row.top_k && !is_all) continue;
             std::sort(kept_.begin(), kept_.end());
@@ -149,7 +200,7 @@ class Sampler {
         }
     }
 
-    std::vector<float> tempered_;
+    std::vector<float> tempered_, largest_;
     std::vector<Candidate> kept_;
 };
 
