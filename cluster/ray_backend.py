@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from cluster.api_tls import PROXY_ENV
+from cluster.api_proxy import PROXY_ENV
 from cluster.data_plane_env import DATA_PLANE_ENV
 from cluster.errors import ClusterError, StartError
 from cluster.gpu_share import compute_gpu_share
@@ -76,8 +76,7 @@ class RayBackend:
             # Without AUTO_CONNECT=0 a thread that still uses Ray while it is shut down would start another cluster.
             os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"})
             if self.own_ray:
-                proxy_env = {} if self._settings.tls_cert is None else PROXY_ENV
-                os.environ.update(_OWN_RAY_ENV | proxy_env | {SESSION_VARIABLE: self.session.mark})
+                os.environ.update(_OWN_RAY_ENV | PROXY_ENV | {SESSION_VARIABLE: self.session.mark})
             import ray
         # Starting Ray is mostly waiting for its processes: import meanwhile what is needed next.
         threading.Thread(target=_import_serve, name="import serve", daemon=True).start()

@@ -22,6 +22,7 @@ from experts.logs import LOG_FORMATS, set_up_logging
 from experts.served_certificate import ServedCertificate
 from router.api.app import create_app
 from router.api.errors import TokenizerError
+from router.api.http_protocol import BoundedProtocol
 from router.api.router_client import StaticEndpoints
 from router.api.settings import ApiSettings, ReasoningField
 from router.tenancy.errors import TenancyError
@@ -65,7 +66,7 @@ def main() -> int:
         return 1
     config = uvicorn.Config(
         app,
-        http="h11",  # Bounds the size of headers; httptools does not.
+        http=BoundedProtocol,
         log_level="warning",
         log_config=None,
         timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,

@@ -11,6 +11,7 @@
     |  `- ModelNotFound
     |- BodyTooLarge          413
     |- WrongContentType      415
+    |- HeadTooLarge          431
     |- Overloaded            429  queues are full
     |- RateLimited           429  a limit of the key or its team is reached
     |- NotOffered            501  a known route of the API that is not served here
@@ -137,6 +138,12 @@ class WrongContentType(ApiError):
     status = 415
     type = "invalid_request_error"
     code = "unsupported_content_type"
+
+
+class HeadTooLarge(ApiError):
+    status = 431
+    type = "invalid_request_error"
+    code = "header_too_large"
 
 
 class Overloaded(ApiError):

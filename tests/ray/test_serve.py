@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,21 @@ def test_every_process_logs_json_with_request_ids_and_without_prompts(serve: Ser
     ]
     assert (request["level"], request["status"], request["route"]) == ("info", 200, "/v1/chat/completions")
     assert not [text for text in read_logs() if secret in text]
+
+
+def test_the_proxy_bounds_its_connections(serve: ServeProcess):
+    """Its own protocol would keep header fields of any size, and answers what is no HTTP with plain text."""
+    address = httpx.URL(serve.url)
+    for head, status, code in (
+        (b"GET /version HTTP/1.1\r\nX-Long: " + b"x" * 2**20, 431, "header_too_large"),
+        (b"GET /version HTTP/x\r\n\r\n", 400, "invalid_http"),
+    ):
+        with socket.create_connection((address.host, address.port), timeout=20) as connection:
+            connection.sendall(head)
+            with connection.makefile("rb") as stream:
+                answered, _, body = stream.read().partition(b"\r\n\r\n")
+        assert int(answered.split()[1]) == status
+        assert json.loads(body)["error"]["code"] == code
 
 
 def test_answer_is_the_same_when_asked_again(serve: ServeProcess, undisturbed: str):

@@ -1,8 +1,9 @@
-"""The HTTP front's certificate, renewed without a restart.
+"""What Ray Serve's proxy needs to be a front for everybody: bounded connections, and a certificate that is renewed.
 
-Ray Serve's proxy reads certificate and key once, and makes its own server. It calls a function of ours before that, in
-its own process, if its environment names one; the server's context is then told to look at the files for every new
-connection. Serve has no setting for a context, so the function with which uvicorn makes one is wrapped.
+The proxy makes its own uvicorn server, without settings for either. It calls a function of ours before that, in its own
+process, if its environment names one: the protocol that uvicorn takes by default becomes ours there, and the function
+with which it makes a TLS context, which would read certificate and key once, is wrapped, so that the files are looked
+at for every new connection.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from experts.served_certificate import ServedCertificate
 logger = logging.getLogger(__name__)
 
 # In the environment of Ray's processes on the head node.
-PROXY_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.api_tls.keep_renewed"}
+PROXY_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.api_proxy.prepare"}
 
 
-def keep_renewed() -> list[Any]:
+def prepare() -> list[Any]:
     """Called by Serve's proxy. Returns no middleware."""
     from uvicorn import config
 
+    config.HTTP_PROTOCOLS["auto"] = "router.api.http_protocol:BoundedProtocol"
     make = config.create_ssl_context
 
     def make_renewed(certfile: Any, keyfile: Any, *args: Any, **options: Any) -> ssl.SSLContext:
