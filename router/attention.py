@@ -82,17 +82,12 @@ class Attention:
         """hidden_states: [T, hidden_size] normed; rotations: [T, R / 2] complex64. Returns [T, hidden_size]."""
         config, weights = self._config, self._weights
         num_tokens, num_heads = hidden_states.shape[0], config.num_attention_heads
-        projected = weights.qkv_a_proj(hidden_states)
-        q_width = projected.shape[-1] - config.kv_lora_rank - config.qk_rope_head_dim
-        q, c_kv, k_pe = projected.split([q_width, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        q = self.fill_cache(hidden_states, rotations, batch)
         if weights.q_a_layernorm is not None and weights.q_b_proj is not None:
             q = weights.q_b_proj(rms_norm(q, weights.q_a_layernorm, config.rms_norm_eps))
         q = q.reshape(num_tokens, num_heads, config.qk_head_dim)  # [T, H, qk_head_dim]
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_pe = apply_rotary(q_pe, rotations.unsqueeze(1))
-        c_kv = rms_norm(c_kv, weights.kv_a_layernorm, config.rms_norm_eps)
-        rows = torch.cat([c_kv, apply_rotary(k_pe, rotations)], dim=-1)  # [T, L + R]
-
         queries = torch.cat([self._per_head(q_nope, weights.w_uk), q_pe], dim=-1)  # [T, H, L + R]
         latents = queries.new_empty(num_tokens, num_heads, config.kv_lora_rank)  # [T, H, L]
         expanded: list[tuple[slice, Tensor]] = []
@@ -103,14 +98,13 @@ class Attention:
             and isinstance(weights.w_uv, TorchPerHead)
         ):
             expand = weights.w_uk.weight, weights.w_uv.weight
-        self._cache.view(-1, rows.shape[1])[batch.slot_mapping] = rows
-        if rows.is_cuda:
+        if queries.is_cuda:
             return weights.o_proj(self._attend_on_card(queries, batch).reshape(num_tokens, -1))
         for index, segment in enumerate(batch.segments):
             span = slice(segment.start, segment.start + segment.num_new)
             context_len = segment.context_len + segment.num_new
             block_ids = batch.block_tables[index, : count_blocks(context_len)]
-            cache = self._cache[block_ids].view(-1, rows.shape[1])
+            cache = self._cache[block_ids].flatten(0, 1)
             if expand is not None and segment.num_new >= EXPAND_FROM and context_len <= EXPAND_UP_TO:
                 expanded.append((span, self._attend_expanded(q_nope[span], q_pe[span], cache[:context_len], *expand)))
             else:
@@ -119,6 +113,18 @@ class Attention:
         for span, rows_of_span in expanded:
             values[span] = rows_of_span
         return weights.o_proj(values.reshape(num_tokens, -1))
+
+    def fill_cache(self, hidden_states: Tensor, rotations: Tensor, batch: StepBatch) -> Tensor:
+        """Write the rows' latents to the cache. Returns what the same product gives for the queries,
+        [T, q_lora_rank or H * qk_head_dim]."""
+        config, weights = self._config, self._weights
+        projected = weights.qkv_a_proj(hidden_states)
+        q_width = projected.shape[-1] - config.kv_lora_rank - config.qk_rope_head_dim
+        q, c_kv, k_pe = projected.split([q_width, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        c_kv = rms_norm(c_kv, weights.kv_a_layernorm, config.rms_norm_eps)
+        rows = torch.cat([c_kv, apply_rotary(k_pe, rotations)], dim=-1)  # [T, L + R]
+        self._cache.view(-1, rows.shape[1])[batch.slot_mapping] = rows
+        return q
 
     def _attend_on_card(self, queries: Tensor, batch: StepBatch) -> Tensor:
         """queries: [T, H, L + R]. Returns [T, H, v_head_dim]."""

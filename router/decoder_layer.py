@@ -18,7 +18,7 @@ from experts.model_config import ModelConfig
 from router.latent_cache import LatentCache
 from router.layer_front import LayerRun, build_front
 from router.layer_order import LayerOrder
-from router.step_batch import StepBatch
+from router.step_batch import StepBatch, take_output_rows
 from router.step_times import PartTimes
 from router.weights import LayerWeights
 
@@ -107,8 +107,8 @@ class DecoderLayer:
 async def run_layers(
     layers: Sequence[DecoderLayer], hidden_states: Tensor, batch: StepBatch, order: LayerOrder | None = None
 ) -> Tensor:
-    """Run the rows through the layers, one after the other. Returns [num_tokens, hidden_size]; hidden_states stays as
-    it is. order: None, the batch waits for no other."""
+    """Run the rows through the layers, one after the other. Returns [num_tokens, hidden_size], of which only
+    batch.output_rows mean anything. hidden_states stays as it is. order: None, the batch waits for no other."""
     run: LayerRun | None = None
     front = None
     for index, layer in enumerate(layers):
@@ -118,5 +118,21 @@ async def run_layers(
             hidden_states = hidden_states if run is None else run.hidden_states
             front = layer.front
             run = front.start(hidden_states, batch)
+        if index == len(layers) - 1 and batch.output_rows is not None:
+            return await _run_last(layer, run, batch, batch.output_rows)
         await layer.run(run, batch)
     return hidden_states if run is None else run.hidden_states
+
+
+async def _run_last(layer: DecoderLayer, run: LayerRun, batch: StepBatch, output_rows: Tensor) -> Tensor:
+    """The last layer of a walk: a twelfth of the work of a prompt, in a model of twelve layers, is for nobody."""
+    layer.front.fill_cache(run)
+    hidden_states = run.hidden_states
+    if not len(output_rows):
+        return hidden_states
+    rest = take_output_rows(batch)
+    rows = output_rows.to(hidden_states.device)
+    run = layer.front.start(hidden_states[rows], rest)
+    await layer.run(run, rest)
+    batch.num_left_out[output_rows.numpy()] += rest.num_left_out
+    return hidden_states.index_copy(0, rows, run.hidden_states)

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Series
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from router.sampler import TokenLogprobs, compute_logprobs, sample
 from router.scheduler import ScheduledChunk, Scheduler, SchedulerLimits
 from router.sequence import FinishReason, GeneratedToken, GenerationRequest, Sequence, SequenceOutput
 from router.sequence_trace import HopRecorder
-from router.step_batch import Segment, StepBatch, TokenSpan, build_step_batch
+from router.step_batch import Segment, StepBatch, TokenSpan, build_step_batch, leave_out_rows
 from router.step_times import PartTimes
 from router.trunk import Trunk
 
@@ -245,6 +246,8 @@ class Engine:
 
     async def _step(self, chunks: list[ScheduledChunk]) -> None:
         batch = build_step_batch([_span_of(chunk) for chunk in chunks])
+        if self._drafter is None:  # the MTP module reads every row
+            batch = leave_out_rows(batch, _find_output_rows(chunks, batch.segments))
         hidden_states = await self._micro_batches.forward(batch)
         await self._hand_out_prompt_logprobs(chunks, batch, hidden_states)
         sampled = self._sample(chunks, batch, hidden_states)
@@ -456,6 +459,17 @@ def _last_rows(chunk: ScheduledChunk, segment: Segment) -> range:
     """The rows of a step that are sampled: of the last known token, and of the drafts."""
     stop = segment.start + segment.num_new
     return range(stop - chunk.num_drafts - 1, stop)
+
+
+def _find_output_rows(chunks: list[ScheduledChunk], segments: Series[Segment]) -> list[int]:
+    """Those of a step that are sampled, or whose logprobs somebody wants."""
+    rows: list[int] = []
+    for chunk, segment in zip(chunks, segments, strict=True):
+        if chunk.sequence.request.prompt_logprobs is not None:
+            rows.extend(range(segment.start, segment.start + segment.num_new))
+        elif chunk.num_new - chunk.num_drafts == chunk.sequence.num_uncomputed:
+            rows.extend(_last_rows(chunk, segment))
+    return rows
 
 
 def _compute_wanted_logprobs(

@@ -63,6 +63,10 @@ class LayerFront(Protocol):
         run: started by a front of the same class."""
         ...
 
+    def fill_cache(self, run: LayerRun) -> None:
+        """Leave the rows' latents in the cache, and nothing else for anybody to use."""
+        ...
+
 
 class TorchRun:
     def __init__(self, hidden_states: Tensor, batch: StepBatch) -> None:
@@ -112,6 +116,13 @@ class TorchFront:
             run.topk_weights, run.topk_ids = select_experts(gate_logits, bias, self._config)
             self._times.gate_ns += perf_counter_ns() - started
 
+    def fill_cache(self, run: LayerRun) -> None:
+        assert isinstance(run, TorchRun)
+        started = perf_counter_ns()
+        normed = rms_norm(run.hidden_states, self._weights.input_layernorm, self._config.rms_norm_eps)
+        self._attention.fill_cache(normed, self._rotations[run.batch.positions], run.batch)
+        self._times.attention_ns += perf_counter_ns() - started
+
 
 class NativeRun(CpuStep):
     def __init__(self, kernel: CpuKernel, hidden_states: Tensor, batch: StepBatch, top_k: int) -> None:
@@ -155,6 +166,11 @@ class NativeFront:
         self._layer.attend(run)
         self._times.attention_ns += run.times_ns[0]
         self._times.gate_ns += run.times_ns[1]
+
+    def fill_cache(self, run: LayerRun) -> None:
+        assert isinstance(run, NativeRun)
+        self._layer.fill_cache(run)
+        self._times.attention_ns += run.times_ns[0]
 
 
 def build_front(

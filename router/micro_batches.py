@@ -157,4 +157,9 @@ def _slice_batch(batch: StepBatch, segment_starts: Sequence[int], start: int, en
         block_tables=batch.block_tables[first:last, :num_blocks].contiguous(),
         segments=segments,
         num_left_out=batch.num_left_out[start:end],
+        output_rows=_slice_rows(batch.output_rows, start, end),
     )
+
+
+def _slice_rows(rows: Tensor | None, start: int, end: int) -> Tensor | None:
+    return None if rows is None else rows[(rows >= start) & (rows < end)] - start

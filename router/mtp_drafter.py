@@ -10,6 +10,7 @@ often as the two distributions agree, at any temperature.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,10 +26,10 @@ from router.mtp import MtpModule
 from router.sample_rows import build_sample_row
 from router.sampler import sample
 from router.sequence import Sequence
-from router.step_batch import TokenSpan, build_step_batch
+from router.step_batch import TokenSpan, build_step_batch, leave_out_rows
 
-# Rows of a sequence that is not drafted for are kept, to go through the module together: a pass costs a round to the
-# expert groups. So many at most, for what they hold and for the prefixes that others reuse.
+# Rows of a sequence that is not drafted for are kept, to go through the module together. So many at most, for what they
+# hold and for the prefixes that others reuse.
 MAX_KEPT_ROWS = BLOCK_SIZE
 
 
@@ -85,15 +86,16 @@ class MtpDrafter:
             for job in jobs:
                 self._kept[job.sequence] = _Rows(job.rows.hidden_states.clone(), job.rows.start)
             return drafts
-        # A pass is a round to the expert groups whatever it carries, so what is kept goes along.
+        # What is kept goes along; without drafts it fills the cache, and asks the expert groups nothing.
         self._followed = all(job.num_drafts == 0 for job in jobs)
         spans = [_span_of(job) for job in jobs]
         hidden_states = torch.cat([job.rows.hidden_states for job in jobs])
-        hidden_states = await self._module.forward(hidden_states, build_step_batch(spans))
-        last_rows = torch.tensor([len(span.token_ids) for span in spans]).cumsum(0) - 1
-        drafting = [job.num_drafts > 0 for job in jobs]
+        # A prompt's rows go through for the cache alone.
+        last_rows = [end - 1 for end in itertools.accumulate(len(span.token_ids) for span in spans)]
+        last_rows = [row for row, job in zip(last_rows, jobs, strict=True) if job.num_drafts > 0]
+        batch = leave_out_rows(build_step_batch(spans), last_rows)
+        hidden_states = (await self._module.forward(hidden_states, batch))[last_rows]
         jobs = [job for job in jobs if job.num_drafts > 0]
-        hidden_states = hidden_states[last_rows[drafting]]
         while jobs:
             token_ids = sample(
                 self._module.compute_logits(hidden_states),

@@ -7,7 +7,7 @@ neither knows sequences. Splitting a batch by its segments gives batches that ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from router.block_pool import BLOCK_SIZE
+
+# Rows that nobody reads are left out of the last layer from so many on: it takes a call and a few small copies.
+LEAST_LEFT_OUT = 8
 
 
 class Segment(NamedTuple):
@@ -45,6 +48,8 @@ class StepBatch:
     slot_mapping: [T] int64: each token's row in a layer's cache seen as [num_blocks * BLOCK_SIZE, width].
     block_tables: [num_segments, max_blocks] int32, row i for segments[i], padded with 0.
     num_left_out: [T] int32, added to by the layers: experts that a row had to do without (router/degradation.py).
+    output_rows: int64, ascending: the rows whose result anybody reads; None: all. The others are there for what later
+    rows find in the cache, and are not computed beyond that in the last layer.
     """
 
     input_ids: Tensor
@@ -53,6 +58,7 @@ class StepBatch:
     block_tables: Tensor
     segments: Sequence[Segment]
     num_left_out: npt.NDArray[np.int32]
+    output_rows: Tensor | None = None
 
 
 def build_step_batch(spans: Sequence[TokenSpan]) -> StepBatch:
@@ -81,4 +87,38 @@ def build_step_batch(spans: Sequence[TokenSpan]) -> StepBatch:
         block_tables=torch.from_numpy(block_tables),
         segments=segments,
         num_left_out=np.zeros(len(input_ids), dtype=np.int32),
+    )
+
+
+def leave_out_rows(batch: StepBatch, output_rows: Sequence[int]) -> StepBatch:
+    """The batch with these output rows; as it is where they are nearly all. None of them: it fills the cache, and the
+    last layer asks no experts."""
+    if output_rows and len(batch.input_ids) - len(output_rows) < LEAST_LEFT_OUT:
+        return batch
+    return replace(batch, output_rows=torch.tensor(output_rows, dtype=torch.int64))
+
+
+def take_output_rows(batch: StepBatch) -> StepBatch:
+    """The output rows as a batch of their own, whose context is in the cache already. There must be some."""
+    assert batch.output_rows is not None
+    rows: list[int] = batch.output_rows.tolist()
+    segments: list[Segment] = []
+    tables: list[int] = []
+    index = 0
+    for start, row in enumerate(rows):
+        while row >= batch.segments[index].start + batch.segments[index].num_new:
+            index += 1
+        if tables and tables[-1] == index and rows[start - 1] == row - 1:
+            segments[-1] = segments[-1]._replace(num_new=segments[-1].num_new + 1)
+        else:
+            segment = batch.segments[index]
+            segments.append(Segment(start, 1, segment.context_len + row - segment.start))
+            tables.append(index)
+    return StepBatch(
+        input_ids=batch.input_ids[batch.output_rows],
+        positions=batch.positions[batch.output_rows],
+        slot_mapping=batch.slot_mapping[batch.output_rows],
+        block_tables=batch.block_tables[tables],
+        segments=segments,
+        num_left_out=np.zeros(len(rows), dtype=np.int32),
     )

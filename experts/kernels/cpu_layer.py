@@ -47,7 +47,7 @@ class _LayerStep(ctypes.Structure):
         ("num_tokens", ctypes.c_int32),
         ("num_segments", ctypes.c_int32),
         ("max_blocks", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("cache_only", ctypes.c_int32),
         ("positions", ctypes.c_void_p),
         ("slot_mapping", ctypes.c_void_p),
         ("segment_starts", ctypes.c_void_p),
@@ -184,6 +184,14 @@ class CpuLayer:
 
     def attend(self, step: CpuStep) -> None:
         """Add attention to step.hidden_states and set step.normed, topk_ids and topk_weights (not in a dense layer)."""
+        self._run(step, cache_only=False)
+
+    def fill_cache(self, step: CpuStep) -> None:
+        """Leave the rows' latents in the cache; of step, only normed changes."""
+        self._run(step, cache_only=True)
+
+    def _run(self, step: CpuStep, *, cache_only: bool) -> None:
+        step.view.cache_only = cache_only
         self._kernel.attend(ctypes.addressof(self._view), ctypes.addressof(step.view))
 
     def _floats(self, vector: Tensor | None) -> int | None:

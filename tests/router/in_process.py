@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import enum
 import threading
@@ -168,6 +169,8 @@ class LocalDispatcher:
         self.gate.set()
         # Experts that each row is said to have done without in each layer.
         self.num_left_out = 0
+        # Rows that each layer has asked for.
+        self.num_rows = collections.Counter[int]()
 
     async def scatter(
         self, layer_id: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -175,6 +178,7 @@ class LocalDispatcher:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
+        self.num_rows[layer_id] += hidden_states.shape[0]
         total = torch.zeros(hidden_states.shape, dtype=torch.float32)
         for row in range(hidden_states.shape[0]):
             order = topk_ids[row].argsort()

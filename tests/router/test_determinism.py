@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -116,6 +117,19 @@ async def test_micro_batches_change_nothing(checkpoint: Path, count: int) -> Non
         assert await alone(engine) == expected
         sequences = [engine.submit(each) for each in build_requests()]
         assert [await collect(sequence) for sequence in sequences] == expected
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+async def test_rows_that_nobody_reads_change_nothing(checkpoint: Path, micro_batches: int) -> None:
+    """All of a prompt's rows go through the last layer where somebody asked for their logprobs, else only the last."""
+    async with running(checkpoint, WIDE, micro_batches=micro_batches) as engine:
+        read = await alone(engine)
+        unread = [dataclasses.replace(each, prompt_logprobs=None) for each in build_requests()]
+        assert [(await collect(engine.submit(each))).tokens for each in unread] == [each.tokens for each in read]
+        sequences = [engine.submit(each) for each in [*unread, *build_requests()]]
+        together = [await collect(sequence) for sequence in sequences]
+    assert [each.tokens for each in together[: len(unread)]] == [each.tokens for each in read]
+    assert together[len(unread) :] == read
 
 
 async def test_a_sequence_continued_elsewhere_goes_on_bit_for_bit(checkpoint: Path) -> None:

@@ -58,6 +58,19 @@ async def test_a_prompt_in_chunks_gives_what_it_gives_whole(tiny_checkpoint: Pat
     assert whole.prompt_tokens[0].logprobs is None
 
 
+async def test_the_last_layer_has_experts_for_the_rows_that_are_read(tiny_checkpoint: Path) -> None:
+    """A chunk that does not end the prompt asks them nothing, the last one asks for its last token."""
+    prompt = PROMPTS[2]
+    limits = SchedulerLimits(max_num_seqs=4, max_batched_tokens=20, num_blocks=32, max_waiting=4)
+    async with running(tiny_checkpoint, limits=limits) as (engine, dispatcher):
+        await collect(engine.submit(request(prompt, 1)))
+        rows = dispatcher.num_rows
+        assert list(rows.values()) == [len(prompt)] * (len(rows) - 1) + [1]
+        rows.clear()
+        await collect(engine.submit(request(prompt, 1, prompt_logprobs=0, cache_salt="computed anew")))
+        assert list(rows.values()) == [len(prompt)] * len(rows)
+
+
 async def test_prompt_logprobs_agree_with_the_logprobs_of_generated_tokens(tiny_checkpoint: Path) -> None:
     """Feed back what was generated: prefill must judge it as decode did."""
     async with running(tiny_checkpoint) as (engine, _):

@@ -76,11 +76,11 @@ class Walk:
             config, weights.layers[layer_id], cache.layer(layer_id), rotations, PartTimes(), deterministic=False
         )
 
-    def step(self, spans: Sequence[tuple[Tensor, int, Sequence[int]]]) -> LayerRun:
+    def step(self, spans: Sequence[tuple[Tensor, int, Sequence[int]]], *, cache_only: bool = False) -> LayerRun:
         """spans: rows, their first position, the sequence's blocks."""
         batch = build_step_batch([TokenSpan([0] * len(rows), start, blocks) for rows, start, blocks in spans])
         run = self.front.start(torch.cat([rows for rows, _, _ in spans]), batch)
-        self.front.attend(run)
+        (self.front.fill_cache if cache_only else self.front.attend)(run)
         return run
 
 
@@ -148,6 +148,21 @@ def test_a_row_has_the_same_bits_in_every_step(checkpoint: Checkpoint, family: F
             assert torch.equal(ours, expected[start : start + size])
         start += size
     assert start == NUM_TOKENS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_only_fill_the_cache_are_context_like_any(
+    checkpoint: Checkpoint, family: Family, dtype: torch.dtype
+) -> None:
+    weights = load_trunk_weights(checkpoint, dtype, factory=native(dtype, family)[1])
+    x = random_rows(checkpoint, NUM_TOKENS, 1, dtype)
+    whole = Rows.of(Walk(checkpoint, weights, 1, dtype).step([(x, 0, BLOCKS)]), NUM_TOKENS - 1)
+    walk = Walk(checkpoint, weights, 1, dtype)
+    filled = walk.step([(x, 0, BLOCKS)], cache_only=True)
+    assert torch.equal(filled.hidden_states, x)
+    last = Rows.of(walk.step([(x[-1:], NUM_TOKENS - 1, BLOCKS)]))
+    for found, expected in zip(last, whole, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_of_equal_scores_the_lower_expert_is_chosen(tmp_path: Path, family: Family) -> None:

@@ -1,6 +1,7 @@
 """Steps cut into micro-batches: the cuts, what runs at the same time, and what is left when one of them fails."""
 
 import asyncio
+import dataclasses
 
 import pytest
 import torch
@@ -45,10 +46,13 @@ def rows_of(parts: list[MicroBatch]) -> list[int]:
 )
 def test_the_parts_are_the_step(sizes: list[tuple[int, int]], count: int) -> None:
     whole = build(*sizes)
+    whole = dataclasses.replace(whole, output_rows=torch.arange(0, len(whole.input_ids), 3))
     parts = split_batch(whole, count)
     assert 1 <= len(parts) <= count
     for name in ("input_ids", "positions", "slot_mapping"):
         assert torch.cat([getattr(part.batch, name) for part in parts]).equal(getattr(whole, name))
+    outputs = [part.batch.input_ids[part.batch.output_rows] for part in parts]
+    assert torch.cat(outputs).equal(whole.input_ids[::3])
     for part, _ in parts:
         assert part.segments[0].start == 0
         assert sum(segment.num_new for segment in part.segments) == len(part.input_ids)

@@ -31,6 +31,7 @@ from router.penalties import LogitBias, Penalties
 from router.sampler import SamplingParams
 from router.scheduler import SchedulerLimits
 from router.sequence import FinishReason, GenerationRequest, SequenceOutput
+from router.step_batch import StepBatch
 from router.trunk import Trunk
 from router.weights import load_trunk_weights
 from tests.random_checkpoint import write_random_checkpoint
@@ -76,6 +77,7 @@ class FixedDepth(DraftPolicy):
 class ForgetfulDispatcher(LocalDispatcher):
     """Counts the MTP layer's rounds, and fails them on demand."""
 
+    num_module_passes = 0
     num_mtp_rounds = 0
     fails_mtp = False
 
@@ -87,6 +89,14 @@ class ForgetfulDispatcher(LocalDispatcher):
             if self.fails_mtp:
                 raise ExpertsUnavailable("no replica")
         return await super().scatter(layer_id, hidden_states, topk_ids, topk_weights)
+
+
+class CountedModule(MtpModule):
+    counts: ForgetfulDispatcher
+
+    async def forward(self, hidden_states: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        self.counts.num_module_passes += 1
+        return await super().forward(hidden_states, batch)
 
 
 Guesses = dict[int, list[int]]
@@ -136,7 +146,8 @@ async def serving(
         drafter = None
         if policy is not None:
             assert weights.mtp is not None
-            module = MtpModule(model.config, weights.mtp, dispatcher, cache, **options)
+            module = CountedModule(model.config, weights.mtp, dispatcher, cache, **options)
+            module.counts = dispatcher
             drafter = TestDrafter(module, policy, frozenset(model.config.eos_token_ids))
             drafter.guesses, drafter.answers = guesses, answers
     engine = Engine(model.config, trunk, limits, max_model_len=256, drafter=drafter)
@@ -302,7 +313,14 @@ async def test_drafting_that_comes_and_goes_changes_nothing(checkpoint: Path, pl
 async def test_rows_kept_while_nothing_is_drafted_go_through_the_module_together(checkpoint: Path) -> None:
     async with serving(checkpoint, FixedDepth(0)) as (engine, dispatcher):
         await collect(engine.submit(request(PROMPTS[0], 2 * MAX_KEPT_ROWS)))
-        assert dispatcher.num_mtp_rounds == 2
+        assert dispatcher.num_module_passes == 2
+        assert dispatcher.num_mtp_rounds == 0  # for the cache alone
+
+
+async def test_of_a_prompt_only_the_last_row_asks_the_modules_experts(checkpoint: Path) -> None:
+    async with serving(checkpoint, FixedDepth(1)) as (engine, dispatcher):
+        await run_all(engine, [request([0, *range(30, 130)], 2)])
+        assert dispatcher.num_rows[Checkpoint(checkpoint).config.num_hidden_layers] == 1
 
 
 async def test_without_experts_for_the_mtp_layer_requests_go_on_undrafted(

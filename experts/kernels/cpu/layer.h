@@ -29,7 +29,8 @@ struct Layer {
 // Mirrored by _LayerStep. hidden (updated) and normed (result): [num_tokens][hidden_size] in the arithmetic's dtype.
 // segment_starts: [num_segments + 1]. times_ns, results: attention and gate.
 struct LayerStep {
-    int32_t num_tokens, num_segments, max_blocks, reserved;
+    int32_t num_tokens, num_segments, max_blocks;
+    int32_t cache_only;  // write the latents, and stop
     const int64_t *positions, *slot_mapping;
     const int32_t *segment_starts, *block_tables;
     uint8_t *hidden, *normed;
@@ -63,6 +64,8 @@ class Cutter {
 
 class LayerJob {
   public:
+    using Clock = std::chrono::steady_clock;
+
     LayerJob(const Layer& layer, const LayerStep& step, const Engine& engine, const Engine& gate_engine,
              const RowKernels& kernels)
         : layer_(layer), step_(step), kernels_(kernels), job_(engine), gate_job_(gate_engine),
@@ -86,7 +89,7 @@ class LayerJob {
     };
 
     void run_tokens(int first, int count) {
-        const auto started = std::chrono::steady_clock::now();
+        const auto started = Clock::now();
         const size_t hidden_bytes = layer_.hidden_size * item_;
         hidden_ = step_.hidden + first * hidden_bytes;
         normed_ = step_.normed + first * hidden_bytes;
@@ -99,6 +102,13 @@ class LayerJob {
 
         for_rows([&](int row) { norm(hidden_ + row * hidden_bytes, dtype_, layer_.input_norm, layer_.hidden_size,
                                      normed_ + row * hidden_bytes); });
+        if (step_.cache_only) {
+            multiply_rows(job_, {{layer_.kv_a, tile_.latent, kFloat32, size_t(width_)}}, normed_, dtype_,
+                          layer_.hidden_size, count_);
+            for_rows([&](int row) { write_cache(row); });
+            note_time(0, started);
+            return;
+        }
         project_queries();
         for_rows([&](int row) { write_cache(row); });
         absorb();
@@ -112,11 +122,16 @@ class LayerJob {
             kernels_.add(hidden, dtype_, sums, nullptr, layer_.hidden_size);
             norm(hidden, dtype_, layer_.post_norm, layer_.hidden_size, normed_ + row * hidden_bytes);
         });
-        const auto attended = std::chrono::steady_clock::now();
+        const auto attended = note_time(0, started);
         if (layer_.gate) choose_experts();
-        const auto chosen = std::chrono::steady_clock::now();
-        step_.times_ns[0] += std::chrono::nanoseconds(attended - started).count();
-        step_.times_ns[1] += std::chrono::nanoseconds(chosen - attended).count();
+        note_time(1, attended);
+    }
+
+    // Add the time since then to a part's; returns now.
+    Clock::time_point note_time(int part, Clock::time_point since) const {
+        const Clock::time_point now = Clock::now();
+        step_.times_ns[part] += std::chrono::nanoseconds(now - since).count();
+        return now;
     }
 
     Tile cut_tile(Cutter& cutter) const {
