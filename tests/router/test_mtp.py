@@ -319,7 +319,7 @@ async def test_rows_kept_while_nothing_is_drafted_go_through_the_module_together
 
 async def test_of_a_prompt_only_the_last_row_asks_the_modules_experts(checkpoint: Path) -> None:
     async with serving(checkpoint, FixedDepth(1)) as (engine, dispatcher):
-        await run_all(engine, [request([0, *range(30, 130)], 2)])
+        await run_all(engine, [request([0, *range(30, 130)], 3)])
         assert dispatcher.num_rows[Checkpoint(checkpoint).config.num_hidden_layers] == 1
 
 
