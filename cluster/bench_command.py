@@ -31,6 +31,7 @@ from cluster.bench_load import (
     plan_load,
 )
 from cluster.bench_options import DEFAULT_CONCURRENCY, DEFAULT_REQUESTS
+from cluster.bench_router import render_router, summarize_router
 from cluster.bench_statistics import Outcome, parse_slo, summarize
 from cluster.errors import ClusterError, RequestFailed, SettingsError
 from cluster.router_figures import flatten
@@ -81,10 +82,7 @@ def render(report: Mapping[str, Any]) -> str:
             lines.append(f"  {name.upper():<8}" + "".join(f"{value:>10.2f}" for value in figures.values()))
     lines.extend(f"  error: {kind}: {count}" for kind, count in report["errors"].items())
     for router_id, figures in (report.get("routers") or {}).items():
-        lines.append(f"router {router_id} (in brackets: during the run)")
-        for name, value in figures["after"].items():
-            change = value - figures["before"].get(name, 0)
-            lines.append(f"  {name:<40}{value:>14.6g}" + (f"  ({change:+.6g})" if change else ""))
+        lines.extend(render_router(router_id, figures["during"]))
     return "\n".join(lines)
 
 
@@ -115,7 +113,12 @@ async def _bench(options: argparse.Namespace, load: LoadOptions, limits_s: dict[
     report |= summarize(driver.outcomes, duration_s, limits_s)
     if after:
         report["routers"] = {
-            router_id: {"before": before.get(router_id, {}), "after": figures} for router_id, figures in after.items()
+            router_id: {
+                "during": summarize_router(before.get(router_id, {}), figures),
+                "before": before.get(router_id, {}),
+                "after": figures,
+            }
+            for router_id, figures in after.items()
         }
     return report
 

@@ -108,6 +108,8 @@ def run(options: argparse.Namespace) -> int:
             os.getpid(),
             *backend.session,
             tls_dir=settings.resolved_cluster_tls_dir,
+            ledger_url=settings.ledger_url,
+            gpu_hour_price=settings.gpu_hour_price,
         )
         write_state_or_warn(state)
         viewer_token = derive_viewer_token(token)
