@@ -42,6 +42,7 @@ CONNECT_TIMEOUT_S = 10.0
 # Random token ids lie below the first of these that the endpoint takes: many ids, many experts.
 VOCABULARIES = (30_000, 8_000, 2_000, 256)
 PROGRESS_INTERVAL_S = 0.2
+FIGURES_WAIT_S, FIGURES_PAUSE_S = 4.0, 0.1
 PROGRESS_WIDTH = 30
 
 
@@ -104,10 +105,10 @@ async def _bench(options: argparse.Namespace, load: LoadOptions, limits_s: dict[
         )
         target, load = await _settle(client, target, load, may_be_text=options.prompt_kind == "auto")
         await _warm_up(client, target, load, options.warm_up)
-        before = await asyncio.to_thread(_fetch_figures, url)
+        before = await _fetch_fresh_figures(url)
         driver = _Driver(client, target, options)
         duration_s = await driver.drive(plan_load(load))
-        after = await asyncio.to_thread(_fetch_figures, url)
+        after = await _fetch_fresh_figures(url)
     report = {"url": url, "model": target.model, "api": target.api, "prompt_kind": load.kind, "seed": load.seed}
     report |= {"rate": load.rate, "concurrency": driver.concurrency}
     report |= summarize(driver.outcomes, duration_s, limits_s)
@@ -272,6 +273,18 @@ async def _fetch_model(client: httpx.AsyncClient) -> str:
         raise RequestFailed(f"{client.base_url} does not answer ({reason}): name another with --url") from error
     except (ValueError, KeyError, IndexError, TypeError):
         raise RequestFailed(f"{client.base_url}/v1/models names no model: name one with --model") from None
+
+
+async def _fetch_fresh_figures(url: str) -> dict[str, dict[str, float]]:
+    """Of this moment: the controller asks routers once per second. Something in them, such as processor time, always
+    differs from one time to the next."""
+    first = await asyncio.to_thread(_fetch_figures, url)
+    figures = first
+    deadline_s = time.monotonic() + (FIGURES_WAIT_S if first else 0.0)
+    while time.monotonic() < deadline_s and any(figures.get(router_id) == old for router_id, old in first.items()):
+        await asyncio.sleep(FIGURES_PAUSE_S)
+        figures = await asyncio.to_thread(_fetch_figures, url)
+    return figures
 
 
 def _fetch_figures(url: str) -> dict[str, dict[str, float]]:

@@ -67,6 +67,18 @@ def test_chat_command_prints_an_answer(serve: ServeProcess):
     assert result.stdout.strip()
 
 
+def test_bench_tells_the_steps_of_its_own_run(serve: ServeProcess):
+    """The controller's figures are a second old, and the run takes less."""
+    load = ["--requests", "4", "--concurrency", "1", "--input-length", "16", "--output-length", "8", "--json"]
+    result = serve.run_command("bench", "--url", serve.url, *load)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    (router,) = report["routers"].values()
+    during = router["during"]
+    assert during["num_steps"] * during["tokens_per_step"] == pytest.approx(report["num_output_tokens"], rel=0.01)
+    assert sum(during["parts_share"].values()) == pytest.approx(1, abs=0.01)
+
+
 def test_every_process_logs_json_with_request_ids_and_without_prompts(serve: ServeProcess):
     secret, request_id = "correct horse battery", "of-this-test"
     body = {"messages": [{"role": "user", "content": secret}], "max_tokens": 2}
