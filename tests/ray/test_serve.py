@@ -45,6 +45,14 @@ def test_stdout_is_one_ready_line_with_the_url(serve: ServeProcess):
     assert re.fullmatch(pattern, serve.stdout)
 
 
+def test_the_log_says_how_much_each_router_holds_at_once(serve: ServeProcess):
+    lines = [json.loads(line) for line in serve.stderr.splitlines() if line.startswith("{")]
+    (cache,) = (line for line in lines if "requests_at_full_length" in line)
+    assert cache["router"] == "r0" and cache["max_model_len"] == 4096
+    assert cache["requests_at_full_length"] == pytest.approx(cache["tokens"] / 4096, abs=0.1)
+    assert cache["tokens"] >= 4096
+
+
 def test_four_expert_groups_run_in_four_processes(serve: ServeProcess):
     result = serve.run_command("status", "--url", serve.url, "--json")
     assert result.returncode == 0, result.stderr
