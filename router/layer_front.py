@@ -142,7 +142,7 @@ class NativeRun(CpuStep):
 
 
 class NativeFront:
-    """One call of the kernel. Rows never depend on their neighbours here."""
+    """One call of the kernel. Rows never depend on their neighbours here, unless long chunks may be expanded."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ def build_front(
     deterministic: bool,
 ) -> LayerFront:
     """cache: the layer's [num_blocks, BLOCK_SIZE, width]. rotations: [positions, R / 2] complex64."""
-    packed = _find_packed(weights)
+    packed = _find_packed(weights, deterministic=deterministic)
     if packed is not None:
         kernel, native = packed
         if cache.dtype == kernel.dtype and cache.shape[-1] <= MAX_WIDTH:
@@ -191,7 +191,7 @@ def build_front(
     return TorchFront(config, weights, cache, rotations, times, deterministic=deterministic)
 
 
-def _find_packed(weights: LayerWeights) -> tuple[CpuKernel, CpuLayerWeights] | None:
+def _find_packed(weights: LayerWeights, *, deterministic: bool) -> tuple[CpuKernel, CpuLayerWeights] | None:
     """The layer's packed matrices, or None unless all of them are."""
     attention, gate = weights.attention, weights.gate
     qkv_a, q_b, o_proj = attention.qkv_a_proj, attention.q_b_proj, attention.o_proj
@@ -216,6 +216,7 @@ def _find_packed(weights: LayerWeights) -> tuple[CpuKernel, CpuLayerWeights] | N
         kv_a_norm=attention.kv_a_layernorm,
         w_uk=w_uk.matrices,
         w_uv=w_uv.matrices,
+        w_k=() if deterministic else w_uk.reverse,
         o_proj=o_proj.matrices[0],
         post_norm=weights.post_attention_layernorm,
         gate=None if projection is None else projection.matrices[0],

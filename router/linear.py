@@ -6,6 +6,7 @@ multiplies matrices expanded to the compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,10 +60,10 @@ class LinearFactory(Protocol):
         ...
 
 
-def choose_linear_factory(dtype: torch.dtype, device: torch.device = CPU) -> LinearFactory:
+def choose_linear_factory(dtype: torch.dtype, device: torch.device = CPU, *, expands: bool = False) -> LinearFactory:
     """The native kernel with as many threads as torch is set to, else torch; on a card the Triton kernels and torch.
 
-    dtype: to compute in.
+    dtype: to compute in. expands: see NativeFactory.
     """
     if device.type == "cuda":
         # Triton has no build for some platforms, and takes a second to import.
@@ -73,7 +74,7 @@ def choose_linear_factory(dtype: torch.dtype, device: torch.device = CPU) -> Lin
     if kernel is None:
         return TorchFactory(dtype)
     kernel.set_num_threads_(torch.get_num_threads())
-    return NativeFactory(kernel, TorchFactory(dtype))
+    return NativeFactory(kernel, TorchFactory(dtype), expands=expands)
 
 
 class TorchFactory:
@@ -99,7 +100,9 @@ class TorchFactory:
 class NativeFactory:
     """Packed matrices. What the kernel does not take (FP16, odd scale blocks) goes to torch."""
 
-    def __init__(self, kernel: cpu_ffn.CpuKernel, fallback: TorchFactory) -> None:
+    def __init__(self, kernel: cpu_ffn.CpuKernel, fallback: TorchFactory, *, expands: bool = False) -> None:
+        """expands: keys and values of long chunks of a prompt may be expanded, which takes w_uk a second time."""
+        self._expands = expands
         self._kernel = kernel
         self._fallback = fallback
 
@@ -122,8 +125,9 @@ class NativeFactory:
             parts = _cut_heads(ScaledWeight(expand(weight).to(self._kernel.dtype)), num_heads, split)
             assert parts is not None
         first, second = parts
+        reverse = self._kernel.pack_side_by_side([_transpose(part) for part in first]) if self._expands else ()
         return (
-            NativePerHead(self._kernel, self._kernel.pack_side_by_side(first)),
+            NativePerHead(self._kernel, self._kernel.pack_side_by_side(first), reverse),
             NativePerHead(self._kernel, self._kernel.pack_side_by_side(second)),
         )
 
@@ -140,7 +144,7 @@ def _cut_heads(
 ) -> tuple[list[ScaledWeight], list[ScaledWeight]] | None:
     """Each head's first rows transposed, and its others as they are; None if a block of scales spans two parts."""
     rows = weight.weight.shape[0] // num_heads
-    block_rows, block_columns = weight.block
+    block_rows = weight.block[0]
     if weight.scale_inv is not None and (rows % block_rows or split % block_rows):
         return None
     first: list[ScaledWeight] = []
@@ -148,14 +152,21 @@ def _cut_heads(
     for start in range(0, num_heads * rows, rows):
         upper, lower = weight.weight[start : start + split], weight.weight[start + split : start + rows]
         if weight.scale_inv is None:
-            first.append(ScaledWeight(upper.T.contiguous()))
+            first.append(_transpose(ScaledWeight(upper)))
             second.append(ScaledWeight(lower))
             continue
         scales = weight.scale_inv[start // block_rows : (start + rows) // block_rows]
         upper_scales, lower_scales = scales[: split // block_rows], scales[split // block_rows :]
-        first.append(ScaledWeight(upper.T.contiguous(), upper_scales.T.contiguous(), (block_columns, block_rows)))
+        first.append(_transpose(ScaledWeight(upper, upper_scales, weight.block)))
         second.append(ScaledWeight(lower, lower_scales, weight.block))
     return first, second
+
+
+def _transpose(weight: ScaledWeight) -> ScaledWeight:
+    if weight.scale_inv is None:
+        return ScaledWeight(weight.weight.T.contiguous())
+    rows, columns = weight.block
+    return ScaledWeight(weight.weight.T.contiguous(), weight.scale_inv.T.contiguous(), (columns, rows))
 
 
 @dataclass(frozen=True)
@@ -188,8 +199,11 @@ class TorchPerHead:
 
 @dataclass(frozen=True)
 class NativePerHead:
+    """reverse: the same matrices, from outputs to inputs; empty where nobody expands (cpu_layer.py)."""
+
     kernel: cpu_ffn.CpuKernel
     matrices: list[cpu_ffn.PackedMatrix]
+    reverse: Sequence[cpu_ffn.PackedMatrix] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         heads = [self.kernel.linear(x[:, head], matrix) for head, matrix in enumerate(self.matrices)]

@@ -284,6 +284,7 @@ class RouterServer:
                 config.dtype,
                 device=self._device,
                 with_mtp=self._speculative_tokens > 0,
+                deterministic=self._is_deterministic,
                 on_layer=self._set_load_progress,
             )
             self._grammars = await asyncio.to_thread(

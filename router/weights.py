@@ -66,18 +66,22 @@ def load_trunk_weights(
     factory: LinearFactory | None = None,
     device: torch.device = CPU,
     with_mtp: bool = False,
+    deterministic: bool = True,
     on_layer: Callable[[float], None] | None = None,
 ) -> TrunkWeights:
     """Read what a router needs, tensor by tensor to where it will be used. on_layer hears the fraction read.
 
-    factory: of products on that device; None chooses the best one. with_mtp: the MTP layer, too.
+    factory: of products on that device; None chooses the best one. with_mtp: the MTP layer, too. deterministic: without
+    what only serves results whose last bits depend on the batch.
 
     Raises CheckpointError naming file and tensor, NotEnoughMemory before reading any.
     """
     config = checkpoint.config
     num_layers = config.num_hidden_layers + with_mtp
     _check_memory(checkpoint, num_layers, device)
-    reader = _Reader(checkpoint, dtype, factory or choose_linear_factory(dtype, device), device)
+    reader = _Reader(
+        checkpoint, dtype, factory or choose_linear_factory(dtype, device, expands=not deterministic), device
+    )
     layers: list[LayerWeights] = []
     for layer_id in range(config.num_hidden_layers):
         layers.append(_load_layer(reader, config, layer_id))

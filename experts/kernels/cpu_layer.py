@@ -1,7 +1,7 @@
 """A decoder layer up to its experts or MLP, as one call of the CPU kernel (cpu/layer.h).
 
 Attention reads the paged latent cache in place. Like every product of the kernel, a row's result depends on that row
-and its context alone: prefill, decode, chunks and batches give the same bits.
+and its context alone: prefill, decode, chunks and batches give the same bits (but see CpuLayerWeights.w_k).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INTEGERS: Final = (
 _FLOATS: Final = ("routed_scaling_factor", "eps", "softmax_scale")
 _ADDRESSES: Final = (
     *("input_norm", "q_a_norm", "kv_a_norm", "post_norm", "rotations", "gate_bias"),
-    *("q_a", "kv_a", "q_b", "w_uk", "w_uv", "o_proj", "gate", "cache"),
+    *("q_a", "kv_a", "q_b", "w_uk", "w_uv", "w_k", "o_proj", "gate", "cache"),
 )
 
 
@@ -65,6 +65,8 @@ class CpuLayerWeights:
     """Norms are float32. q_a: q_proj without q_lora_rank, and then q_b and q_a_norm are None.
 
     w_uk, w_uv: one matrix for each head, qk_nope_head_dim -> kv_lora_rank and kv_lora_rank -> v_head_dim.
+    w_k: w_uk the other way round; with it, long chunks of a prompt expand keys and values, and a row's last bits depend
+        on its chunk. Empty: attention is always absorbed.
     gate: float32, or None in a dense layer.
     """
 
@@ -76,6 +78,7 @@ class CpuLayerWeights:
     kv_a_norm: Tensor
     w_uk: Sequence[PackedMatrix]
     w_uv: Sequence[PackedMatrix]
+    w_k: Sequence[PackedMatrix]
     o_proj: PackedMatrix
     post_norm: Tensor
     gate: PackedMatrix | None
@@ -177,6 +180,7 @@ class CpuLayer:
             self._matrices(weights.q_b),
             self._matrices(*weights.w_uk),
             self._matrices(*weights.w_uv),
+            self._matrices(*weights.w_k),
             self._matrices(weights.o_proj),
             self._matrices(weights.gate),
             cache.data_ptr(),

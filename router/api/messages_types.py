@@ -25,7 +25,6 @@ from router.api.fields import (
     ShortText,
     StrictModel,
     Text,
-    WrongField,
     check_stop,
     check_text,
     translate_error,
@@ -130,7 +129,7 @@ class MessagesToolChoice(StrictModel):
     @model_validator(mode="after")
     def _check_together(self) -> MessagesToolChoice:
         if (self.type == "tool") != (self.name is not None):
-            raise WrongField("name", "goes with type tool")
+            raise ValueError("name goes with type tool")
         return self
 
 

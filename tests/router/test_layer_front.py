@@ -34,7 +34,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     # Heads as published, so that their FP8 blocks are cut, not expanded; groups ranked by their best expert.
     "v2": {
         "model_type": "deepseek_v2", "qk_nope_head_dim": 128, "v_head_dim": 128, "kv_lora_rank": 160, "n_group": 4,
-        "topk_group": 2, "topk_method": "group_limited_greedy", "num_attention_heads": 3,
+        "topk_group": 2, "topk_method": "group_limited_greedy", "num_attention_heads": 3, "qk_rope_head_dim": 32,
     },
 }  # fmt: skip
 
@@ -58,10 +58,10 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     kernel.set_num_threads_(1)
 
 
-def native(dtype: torch.dtype, family: Family) -> tuple[CpuKernel, LinearFactory]:
+def native(dtype: torch.dtype, family: Family, *, expands: bool = False) -> tuple[CpuKernel, LinearFactory]:
     kernel = load_cpu_kernel(dtype, family=family)
     assert kernel is not None
-    return kernel, NativeFactory(kernel, TorchFactory(dtype))
+    return kernel, NativeFactory(kernel, TorchFactory(dtype), expands=expands)
 
 
 class Walk:
@@ -122,6 +122,35 @@ def test_a_layer_is_that_of_torch(checkpoint: Checkpoint, family: Family, layer_
     if layer_id > 0 and dtype == torch.float32:
         assert torch.equal(ours.topk_ids, theirs.topk_ids)
         torch.testing.assert_close(ours.topk_weights, theirs.topk_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpoint", ["v2"], indirect=True)
+def test_a_long_chunk_with_expanded_keys_and_values_is_that_of_torch(
+    checkpoint: Checkpoint, family: Family, dtype: torch.dtype
+) -> None:
+    """Behind a context that was computed before, beside a sequence that decodes, by two threads."""
+    x, other = random_rows(checkpoint, NUM_TOKENS, 1, dtype), random_rows(checkpoint, 41, 2, dtype)
+    judge = load_trunk_weights(checkpoint, torch.float32, factory=TorchFactory(torch.float32))
+    kernel, factory = native(dtype, family, expands=True)
+    weights = load_trunk_weights(checkpoint, dtype, factory=factory)
+    absorbing = load_trunk_weights(checkpoint, dtype, factory=native(dtype, family)[1])
+    kernel.set_num_threads_(2)
+    found: list[LayerRun] = []
+    for walk in (
+        Walk(checkpoint, judge, 1, torch.float32),
+        *(Walk(checkpoint, w, 1, dtype) for w in (weights, absorbing)),
+    ):
+        rows, mate = (x, other) if found else (x.float(), other.float())
+        walk.step([(rows[:100], 0, BLOCKS), (mate[:40], 0, OTHER_BLOCKS)])
+        found.append(walk.step([(mate[40:], 40, OTHER_BLOCKS), (rows[100:], 100, BLOCKS)]))
+    theirs, ours, absorbed = found
+    limit = FLOAT32_RELATIVE_ERROR if dtype == torch.float32 else BFLOAT16_RELATIVE_ERROR
+    for name in ("hidden_states", "normed"):
+        wanted = getattr(theirs, name)
+        assert (getattr(ours, name).float() - wanted).abs().max() <= limit * wanted.abs().max()
+    assert torch.equal(ours.hidden_states[0], absorbed.hidden_states[0])
+    assert not torch.equal(ours.hidden_states[1:], absorbed.hidden_states[1:])  # it really went the other way
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -93,15 +93,18 @@ static void attend(const Attended& attended, const Mixture& to, ChunkScratch& sc
         queries[row] = attended.queries + size_t(from) * attended.stride * 2;
     }
     for (int group = 0; group < padded; group += kScoredRows)
-    for (int position = 0; position < count; position += 4)
+    for (int position = 0; position < count; position += 4) {
+        const uint8_t* keys[4];
+        for (int k = 0; k < 4; ++k) keys[k] = scratch.positions[position + k] + size_t(attended.key_at) * 2;
         for (int row = group; row < std::min(group + kScoredRows, padded); row += 4) {
-            const __m512 scores = score_tile(queries + row, scratch.positions + position, attended.width);
+            const __m512 scores = score_tile(queries + row, keys, attended.key_width);
             float* at = scratch.scores + row * kContextChunk + position;
             _mm_storeu_ps(at, _mm512_extractf32x4_ps(scores, 0));
             _mm_storeu_ps(at + kContextChunk, _mm512_extractf32x4_ps(scores, 1));
             _mm_storeu_ps(at + 2 * kContextChunk, _mm512_extractf32x4_ps(scores, 2));
             _mm_storeu_ps(at + 3 * kContextChunk, _mm512_extractf32x4_ps(scores, 3));
         }
+    }
     const int start = attended.chunk * kContextChunk;
     for (int row = 0; row < padded; ++row) {
         uint16_t* weights = scratch.weights + row * kContextChunk;

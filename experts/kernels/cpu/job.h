@@ -49,7 +49,7 @@ class Buffer {
 
 // Owned by whoever holds the pool's turn.
 struct Workspace {
-    Buffer x, inner, layer, mixtures;
+    Buffer x, inner, layer, mixtures, expanded;
     std::vector<std::unique_ptr<Scratch>> scratches;  // of each thread
     std::vector<std::unique_ptr<Buffer>> sums;        // of each thread
     static Workspace& instance() {

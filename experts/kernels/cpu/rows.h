@@ -15,12 +15,14 @@ constexpr int kMaxWidth = 2048;  // of a cache row
 // Query rows (of tokens and heads) that read a chunk together.
 constexpr int kQueryRows = 32;
 
-// Some query rows of one sequence over one chunk of its context. Queries: [row][stride] items, zero beyond width, in
-// the dtype of the cache. last[row]: the last position that a row sees; at least one row sees the chunk's first.
+// Some query rows of one sequence over one chunk of its context. A cache row's values are its first `rank` items, its key
+// the key_width from key_at on: they overlap where the cache holds latents. Queries: [row][stride] items, zero beyond
+// key_width up to a multiple of 32, in the dtype of the cache. last[row]: the last position that a row sees; at least one
+// row sees the chunk's first.
 struct Attended {
     const uint8_t* cache;  // [block][kCacheBlock][width]
     const int32_t* blocks;
-    int width, rank, chunk;
+    int width, rank, key_at, key_width, chunk;
     const uint8_t* queries;
     int stride, rows;
     const int* last;
