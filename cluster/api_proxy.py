@@ -1,4 +1,5 @@
-"""What Ray Serve's proxy needs to be a front for everybody: bounded connections, and a certificate that is renewed.
+"""What Ray Serve's proxy needs to be a front for everybody: bounded connections, answers in the API's own form, and a
+certificate that is renewed.
 
 The proxy makes its own uvicorn server, without settings for either. It calls a function of ours before that, in its own
 process, if its environment names one: the protocol that uvicorn takes by default becomes ours there, and the function
@@ -13,6 +14,7 @@ import ssl
 from pathlib import Path
 from typing import Any
 
+from cluster.proxy_guard import ProxyGuard
 from experts.errors import ConfigError
 from experts.served_certificate import ServedCertificate
 
@@ -23,7 +25,8 @@ PROXY_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.api_proxy.pre
 
 
 def prepare() -> list[Any]:
-    """Called by Serve's proxy. Returns no middleware."""
+    """Called by Serve's proxy. Returns what it shall put around itself."""
+    from starlette.middleware import Middleware
     from uvicorn import config
 
     config.HTTP_PROTOCOLS["auto"] = "router.api.http_protocol:BoundedProtocol"
@@ -38,4 +41,4 @@ def prepare() -> list[Any]:
         return context
 
     config.create_ssl_context = make_renewed
-    return []
+    return [Middleware(ProxyGuard)]

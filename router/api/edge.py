@@ -25,6 +25,11 @@ _QUIET_ROUTES = frozenset({"/health", "/health/live", "/health/ready", "/metrics
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
+def is_request_id(text: str) -> bool:
+    """Whether a client's X-Request-Id may stand in logs and answers."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 class Edge:
     """Takes X-Request-Id from the client where it is well-formed, makes one otherwise, and returns it."""
 
@@ -40,7 +45,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if is_request_id(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         request = RequestScope(request_id)
