@@ -101,7 +101,7 @@ async def _work(
 async def _send(
     client: httpx.AsyncClient, request: BatchRequest, report: BatchReport, give_up_after_s: float
 ) -> httpx.Response:
-    """The answer that counts. Raises RequestFailed if no server has answered anybody for so long."""
+    """The answer that counts. Raises RequestFailed for a wrong key, or if no server answers anybody for so long."""
     pause_s = FIRST_PAUSE_S
     while True:
         reason, wait_s = "", pause_s
@@ -110,6 +110,9 @@ async def _send(
         except httpx.TransportError as error:
             reason = type(error).__name__
         else:
+            if answered.status_code == 401:
+                # Of no request in particular: recorded, it would be skipped when the key is right.
+                raise RequestFailed("401: the API key is missing or not valid: give --api-key, or set OPENAI_API_KEY")
             if answered.status_code not in (408, 429, 502, 503, 504):
                 report.last_answer_s = time.monotonic()
                 return answered

@@ -31,6 +31,7 @@ from cluster.bench_load import (
     plan_load,
 )
 from cluster.bench_options import DEFAULT_CONCURRENCY, DEFAULT_REQUESTS
+from cluster.bench_router import render_router, summarize_router
 from cluster.bench_statistics import Outcome, parse_slo, summarize
 from cluster.errors import ClusterError, RequestFailed, SettingsError
 from cluster.router_figures import flatten
@@ -41,6 +42,7 @@ CONNECT_TIMEOUT_S = 10.0
 # Random token ids lie below the first of these that the endpoint takes: many ids, many experts.
 VOCABULARIES = (30_000, 8_000, 2_000, 256)
 PROGRESS_INTERVAL_S = 0.2
+FIGURES_WAIT_S, FIGURES_PAUSE_S = 4.0, 0.1
 PROGRESS_WIDTH = 30
 
 
@@ -81,10 +83,7 @@ def render(report: Mapping[str, Any]) -> str:
             lines.append(f"  {name.upper():<8}" + "".join(f"{value:>10.2f}" for value in figures.values()))
     lines.extend(f"  error: {kind}: {count}" for kind, count in report["errors"].items())
     for router_id, figures in (report.get("routers") or {}).items():
-        lines.append(f"router {router_id} (in brackets: during the run)")
-        for name, value in figures["after"].items():
-            change = value - figures["before"].get(name, 0)
-            lines.append(f"  {name:<40}{value:>14.6g}" + (f"  ({change:+.6g})" if change else ""))
+        lines.extend(render_router(router_id, figures["during"]))
     return "\n".join(lines)
 
 
@@ -106,16 +105,21 @@ async def _bench(options: argparse.Namespace, load: LoadOptions, limits_s: dict[
         )
         target, load = await _settle(client, target, load, may_be_text=options.prompt_kind == "auto")
         await _warm_up(client, target, load, options.warm_up)
-        before = await asyncio.to_thread(_fetch_figures, url)
+        before = await _fetch_fresh_figures(url)
         driver = _Driver(client, target, options)
         duration_s = await driver.drive(plan_load(load))
-        after = await asyncio.to_thread(_fetch_figures, url)
+        after = await _fetch_fresh_figures(url)
     report = {"url": url, "model": target.model, "api": target.api, "prompt_kind": load.kind, "seed": load.seed}
     report |= {"rate": load.rate, "concurrency": driver.concurrency}
     report |= summarize(driver.outcomes, duration_s, limits_s)
     if after:
         report["routers"] = {
-            router_id: {"before": before.get(router_id, {}), "after": figures} for router_id, figures in after.items()
+            router_id: {
+                "during": summarize_router(before.get(router_id, {}), figures),
+                "before": before.get(router_id, {}),
+                "after": figures,
+            }
+            for router_id, figures in after.items()
         }
     return report
 
@@ -269,6 +273,18 @@ async def _fetch_model(client: httpx.AsyncClient) -> str:
         raise RequestFailed(f"{client.base_url} does not answer ({reason}): name another with --url") from error
     except (ValueError, KeyError, IndexError, TypeError):
         raise RequestFailed(f"{client.base_url}/v1/models names no model: name one with --model") from None
+
+
+async def _fetch_fresh_figures(url: str) -> dict[str, dict[str, float]]:
+    """Of this moment: the controller asks routers once per second. Something in them, such as processor time, always
+    differs from one time to the next."""
+    first = await asyncio.to_thread(_fetch_figures, url)
+    figures = first
+    deadline_s = time.monotonic() + (FIGURES_WAIT_S if first else 0.0)
+    while time.monotonic() < deadline_s and any(figures.get(router_id) == old for router_id, old in first.items()):
+        await asyncio.sleep(FIGURES_PAUSE_S)
+        figures = await asyncio.to_thread(_fetch_figures, url)
+    return figures
 
 
 def _fetch_figures(url: str) -> dict[str, dict[str, float]]:

@@ -157,7 +157,7 @@ def _print_list(file: KeyFile, options: argparse.Namespace, now: datetime) -> No
         print(f"team {name}: {_describe_team(team)}")
         for entry in entries:
             if entry.team == name:
-                parts = (entry.id, _describe_state(entry, now), _describe_limits(entry.limits), entry.note)
+                parts = (entry.id, _describe_state(entry, now), _describe_rights(entry), entry.note)
                 print("  " + "  ".join(parts).rstrip())
 
 
@@ -167,6 +167,15 @@ def _describe_key(entry: KeyEntry) -> dict[str, Any]:
 
 def _describe_team(team: TeamEntry) -> str:
     return f"weight {team.weight:g}, {_describe_limits(team.limits)}"
+
+
+def _describe_rights(entry: KeyEntry) -> str:
+    parts = [_describe_limits(entry.limits)]
+    if entry.models is not None:
+        parts.append(f"models {', '.join(entry.models) or 'none'}")
+    if entry.priorities is not None:
+        parts.append(f"priorities {', '.join(entry.priorities)}")
+    return "; ".join(parts)
 
 
 def _describe_limits(limits: Limits) -> str:

@@ -108,12 +108,15 @@ def run(options: argparse.Namespace) -> int:
             os.getpid(),
             *backend.session,
             tls_dir=settings.resolved_cluster_tls_dir,
+            ledger_url=settings.ledger_url,
+            gpu_hour_price=settings.gpu_hour_price,
         )
         write_state_or_warn(state)
         viewer_token = derive_viewer_token(token)
         api_settings = replace(api_settings, viewer_token=viewer_token)
         _start(settings, spec, api_settings, backend, hash_token(token), hash_token(viewer_token))
-        _wait_ready(settings, backend, signals, admin, deadline_s)
+        status = _wait_ready(settings, backend, signals, admin, deadline_s)
+        _log_caches(status, spec)
         signals.interrupts_start = False
         print(
             f"Shoal is ready on {settings.url} (model {spec.model_name}, {len(spec.groups)} expert groups, "
@@ -277,8 +280,8 @@ def _start(
 
 def _wait_ready(
     settings: ServeSettings, backend: RayBackend, signals: _Signals, admin: AdminClient, deadline_s: float
-) -> None:
-    """Raises StartError when it is pointless to wait longer."""
+) -> dict[str, Any]:
+    """The status in which it is ready. Raises StartError when it is pointless to wait longer."""
     progress = _ProgressLog()
     status: dict[str, Any] | None = None
     while not (status is not None and status["ready"] and backend.poll_serve() and _is_front_ready(settings)):
@@ -300,6 +303,22 @@ def _wait_ready(
             raise StartError(f"{'; '.join(failures)} (Ray's logs of this run: {backend.log_folder})")
         progress.show(status)
     _log_breakdown(backend, status)
+    return status
+
+
+def _log_caches(status: dict[str, Any], spec: ClusterSpec) -> None:
+    """How much each router holds at once: what the memory left over decides, unless it was set."""
+    max_model_len = spec.router.max_model_len or ModelConfig.from_folder(Path(spec.checkpoint)).max_position_embeddings
+    for router in status["routers"]:
+        if figures := router.get("figures"):
+            num_tokens = figures["num_blocks"] * figures["block_size"]
+            logger.info(
+                "kv cache router=%s tokens=%d requests_at_full_length=%.1f max_model_len=%d",
+                router["id"],
+                num_tokens,
+                num_tokens / max_model_len,
+                max_model_len,
+            )
 
 
 def _is_front_ready(settings: ServeSettings) -> bool:

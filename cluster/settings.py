@@ -181,7 +181,9 @@ class ServeSettings(BaseModel):
     model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="name of the model in the API; None: the name of the checkpoint's folder"
     )
-    model_aliases: str = Field("", description="further names of the model in the API, with commas between them")
+    model_aliases: str = Field(
+        "", description="further names of the model in the API, with commas between them; empty: none"
+    )
     reasoning_field: ReasoningField = Field(
         "reasoning_content", description="field of chat messages that has the reasoning; reasoning is vLLM's newer name"
     )

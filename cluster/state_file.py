@@ -32,6 +32,9 @@ class ClusterState:
     session_folder: str | None
     # Of the certificates that the admin API is served with; None: http.
     tls_dir: str | None = None
+    # For `shoal usage`. ledger_url: None: it is off, and may hold a password.
+    ledger_url: str | None = None
+    gpu_hour_price: float | None = None
 
 
 def get_state_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -62,13 +65,16 @@ def remove_state(folder: Path, state: ClusterState) -> None:
             path.unlink()
 
 
+def list_running(folder: Path) -> list[ClusterState]:
+    """Of this user and machine, by port."""
+    states = [_read(path) for path in sorted(folder.glob("*.json"))]
+    return [state for state in states if state is not None and psutil.pid_exists(state.pid)]
+
+
 def find_state(folder: Path, url: str) -> ClusterState:
     """The running cluster whose API or admin API has this url. Raises NotRunning."""
     wanted = urlsplit(url if "//" in url else f"http://{url}")
-    for path in sorted(folder.glob("*.json")):
-        state = _read(path)
-        if state is None or not psutil.pid_exists(state.pid):
-            continue
+    for state in list_running(folder):
         for known in (state.url, state.admin_url):
             parts = urlsplit(known)
             if parts.port == (wanted.port or 80) and _same_host(parts.hostname, wanted.hostname):

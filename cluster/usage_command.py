@@ -12,7 +12,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 from cluster.errors import SettingsError
-from cluster.settings import load_settings
+from cluster.settings import ServeSettings, load_settings
+from cluster.state_file import get_state_dir, list_running
 from cluster.time_arguments import parse_moment
 from cluster.usage_options import GROUP_NAMES
 from router.tenancy.ledger import GroupKey, Ledger, UsageSum, get_costs
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     settings = load_settings(
         {name: value for name, value in given.items() if value is not None}, config_file=options.config
     )
-    url = settings.ledger_url
+    url, price = _choose(settings)
     if url is None:
         raise SettingsError("the ledger is off: give --ledger URL")
     by = _read_groups(options.by)
@@ -42,14 +43,25 @@ def run(options: argparse.Namespace) -> int:
         )
     finally:
         ledger.close()
-    rows = [_describe(total, by, settings.gpu_hour_price) for total in sums]
+    rows = [_describe(total, by, price) for total in sums]
     if options.json:
-        print(json.dumps({"gpu_hour_price": settings.gpu_hour_price, "usage": rows}, indent=2))
+        print(json.dumps({"gpu_hour_price": price, "usage": rows}, indent=2))
     elif options.csv:
         _print_csv(rows)
     else:
         _print_table(rows)
     return 0
+
+
+def _choose(settings: ServeSettings) -> tuple[str | None, float | None]:
+    """Ledger and price: those given, else those of the cluster that runs here, if there is one."""
+    url, price = settings.ledger_url, settings.gpu_hour_price
+    running = list_running(get_state_dir())
+    if settings.ledger is None and len(running) == 1:
+        url = running[0].ledger_url or url
+    if price is None:
+        price = next((state.gpu_hour_price for state in running if state.ledger_url == url), None)
+    return url, price
 
 
 def _read_groups(text: str) -> list[GroupKey]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from router.api.answer_parser import THINK_BEGIN, THINK_END
 from router.api.chat_types import ChatRequest
-from router.api.form_types import NamedTool, StructuredOutputs
+from router.api.form_types import StructuredOutputs
 from router.api.tool_formats import CALLS_BEGIN, ToolFormat, write_grammar
 from router.v1 import router_pb2
 
@@ -64,7 +64,7 @@ def bind_text(outputs: StructuredOutputs) -> BoundForm:
 def _bind(body: ChatRequest, tool_format: ToolFormat, marker_ids: Mapping[str, int]) -> BoundForm | None:
     tools = body.usable_tools
     is_parallel = body.parallel_tool_calls is not False
-    must_call = isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required"
+    must_call = body.must_call
     text_form = _bind_content(body)
     if not tools or (text_form is not None and not must_call and text_form.grammar.WhichOneof("kind") != "json_schema"):
         return text_form

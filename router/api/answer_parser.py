@@ -85,10 +85,13 @@ class _State(Enum):
 class AnswerParser:
     """One choice. tool_format: None: what looks like a call is content."""
 
-    def __init__(self, stand_ins: StandIns, tool_format: ToolFormat | None, *, is_reasoning: bool) -> None:
-        """is_reasoning: the prompt ends in an open <think>."""
+    def __init__(
+        self, stand_ins: StandIns, tool_format: ToolFormat | None, *, is_reasoning: bool, must_call: bool = False
+    ) -> None:
+        """is_reasoning: the prompt ends in an open <think>. must_call: the answer is made of calls."""
         self._stand_ins = stand_ins
         self._format = None if tool_format is None else _translate(tool_format, stand_ins)
+        self._must_call = must_call
         self._think_begin, self._think_end = stand_ins.get(THINK_BEGIN), stand_ins.get(THINK_END)
         self._state = _State.REASONING if is_reasoning else _State.START
         self._text = ""
@@ -159,7 +162,9 @@ class AnswerParser:
         opening = self._format.opening or self._format.before_name
         start = self._text.find(opening)
         if start < 0:
-            num_held = 0 if is_last else _count_held_back(self._text, opening)
+            # At the end, what could begin a call is one that was cut off, if calls are what there is.
+            is_text = is_last and not self._must_call and self.num_calls == 0
+            num_held = 0 if is_text else _count_held_back(self._text, opening)
             self._show(events, len(self._text) - num_held)
             return None
         self._show(events, start)

@@ -111,6 +111,7 @@ async def prepare_chat(context: ApiContext, body: ChatRequest, request_id: str) 
                 min_tokens=min(body.min_tokens or 0, max_tokens),
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,
                 grammar=grammar,
+                cache_salt=body.cache_salt or "",
             ),
             # A marker may be asked for as text; in what is searched it is a character of its own.
             stops=tuple(dict.fromkeys([*body.stop, *map(context.stand_ins.put, body.stop)])),
@@ -138,7 +139,11 @@ async def run_chat(context: ApiContext, job: ChatJob) -> AsyncGenerator[ChatDelt
     """Yield the pieces of all choices as they come. Close it (aclosing) to cancel the work. Raises ApiError."""
     tools = job.body.usable_tools
     tool_format = context.chat_template.tool_format if context.chat_template is not None and tools else None
-    parsers = [AnswerParser(context.stand_ins, tool_format, is_reasoning=job.is_reasoning) for _ in job.plans]
+    must_call = job.body.must_call
+    parsers = [
+        AnswerParser(context.stand_ins, tool_format, is_reasoning=job.is_reasoning, must_call=must_call)
+        for _ in job.plans
+    ]
     async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
         async for delta in deltas:
             yield _read(delta, parsers[delta.index])

@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, field_validator, model_validator
 
-from router.api.fields import MAX_LOGPROBS, MAX_TOKEN_COUNT, ShortText, StrictModel, Text, UnsupportedField, check_text
+from router.api.fields import (
+    MAX_LOGPROBS,
+    MAX_TOKEN_COUNT,
+    ShortText,
+    StrictModel,
+    Text,
+    UnsupportedField,
+    WrongField,
+    check_text,
+)
 from router.api.form_types import NamedTool, ResponseFormat, StructuredOutputs, Tool, ToolChoice, check_tool_choice
 from router.api.sampling_types import SamplingFields
 
@@ -73,7 +82,7 @@ class Message(StrictModel):
     @model_validator(mode="after")
     def _check_content_present(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise ValueError("content is required")
+            raise WrongField("content", "is required")
         return self
 
 
@@ -142,17 +151,22 @@ class ChatRequest(SamplingFields):
     @model_validator(mode="after")
     def _check_together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+            raise WrongField("top_logprobs", "needs logprobs to be true")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) != len(names):
-            raise ValueError("tools must have different names")
+            raise WrongField("tools", "must have different names")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
-            raise ValueError("tool_choice must name one of the tools")
+            raise WrongField("tool_choice", "must name one of the tools")
         if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice required needs tools")
+            raise WrongField("tool_choice", "required needs tools")
         if self.is_bound and self.ignore_eos:
-            raise ValueError("an answer that has a form ends where that is complete: not with ignore_eos")
+            raise WrongField("ignore_eos", "an answer that has a form ends where that is complete")
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be calls of tools."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def is_bound(self) -> bool:

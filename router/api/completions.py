@@ -101,6 +101,7 @@ async def _prepare(context: ApiContext, body: CompletionRequest, model: str, req
                 logprobs=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
                 grammar=None if form is None else form.grammar,
+                cache_salt=body.cache_salt or "",
             )
             plans.append(
                 SequencePlan(

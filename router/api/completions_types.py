@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, StrictBool, StrictInt, field_validator, model_validator
 
-from router.api.fields import MAX_LOGPROBS, TokenCount, UnsupportedField, check_text, check_token_ids
+from router.api.fields import (
+    MAX_LOGPROBS,
+    TokenCount,
+    UnsupportedField,
+    UnsupportedValue,
+    WrongField,
+    check_text,
+    check_token_ids,
+)
 from router.api.form_types import StructuredOutputs
 from router.api.sampling_types import SamplingFields
 
@@ -63,11 +71,12 @@ class CompletionRequest(SamplingFields):
     @model_validator(mode="after")
     def _check_together(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise UnsupportedField("best_of other than n is not supported")
+            raise UnsupportedValue("best_of", "other than n is not supported")
         if self.structured_outputs is not None and self.ignore_eos:
-            raise ValueError("an answer that has a form ends where that is complete: not with ignore_eos")
+            raise WrongField("ignore_eos", "an answer that has a form ends where that is complete")
         if self.token_limit == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1 unless echo is true")
+            field = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+            raise WrongField(field, "must be at least 1 unless echo is true")
         return self
 
     @property

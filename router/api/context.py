@@ -71,18 +71,16 @@ class ApiContext:
             await asyncio.to_thread(self.tracer.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def read_json(self, request: Request) -> Any:
-        """The decoded body. Raises what json_body.read_json raises."""
-        return await read_json(
+    async def parse(self, request_type: type[RequestT], request: Request) -> RequestT:
+        """The checked body. Raises what json_body.read_json raises, and BadRequest."""
+        body = await read_json(
             request,
             max_bytes=self.settings.max_body_bytes,
             timeout_s=self.settings.body_timeout_s,
             executor=self._threads,
+            names=request_type.model_fields,
         )
-
-    async def parse(self, request_type: type[RequestT], request: Request) -> RequestT:
-        """The checked body. Raises what json_body.read_json raises, and BadRequest."""
-        return parse_request(request_type, await self.read_json(request), forbids_unknown=self.settings.strict_fields)
+        return parse_request(request_type, body, forbids_unknown=self.settings.strict_fields)
 
     @property
     def marker_ids(self) -> Mapping[str, int]:

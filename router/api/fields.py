@@ -36,6 +36,18 @@ class UnsupportedField(ValueError):
     code = "unsupported_parameter"
 
 
+class WrongField(ValueError):
+    """Raised by validators of a whole model for one of its fields."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field = field
+
+
+class UnsupportedValue(WrongField, UnsupportedField):
+    """A value of a field that is understood, but not offered."""
+
+
 def check_text(value: str) -> str:
     """Return value. Raises ValueError if it holds what no tokenizer and no UTF-8 encoder takes, or NUL."""
     if _SURROGATE.search(value) is not None:
@@ -136,8 +148,9 @@ def translate_error(error: ValidationError) -> BadRequest:
         where = "The request" if param is None else param
         return BadRequest(f"{where} has a field that is not known here.", param=param, code="unknown_parameter")
     # Dictionary keys of the client never become part of a path: no model has open dictionaries.
-    param = ".".join(str(part) for part in first["loc"]) or None
     cause = first.get("ctx", {}).get("error")
+    loc = (*first["loc"], cause.field) if isinstance(cause, WrongField) else first["loc"]
+    param = ".".join(str(part) for part in loc) or None
     reason = str(cause) if isinstance(cause, ValueError) else first["msg"][:1].lower() + first["msg"][1:]
     message = f"{param}: {reason}." if param else f"{reason[:1].upper()}{reason[1:]}."
     if isinstance(cause, UnsupportedField):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, PlainValidator, StrictBool, StrictStr, model_validator
 
-from router.api.fields import StrictModel, Text, UnsupportedField, check_text
+from router.api.fields import StrictModel, Text, UnsupportedField, WrongField, check_text
 
 # Deeper schemas are not written by people, and recursion is what breaks compilers.
 _MAX_SCHEMA_DEPTH = 64
@@ -99,7 +99,7 @@ class ResponseFormat(StrictModel):
     @model_validator(mode="after")
     def _check_together(self) -> ResponseFormat:
         if self.type == "json_schema" and (self.json_schema is None or self.json_schema.json_schema is None):
-            raise ValueError("type json_schema needs json_schema with a schema")
+            raise WrongField("json_schema", "type json_schema needs one with a schema")
         return self
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from typing import Any, NoReturn
 
@@ -24,8 +25,10 @@ _INLINE_BYTES = 64 * 1024
 _MAX_DIGITS = 20
 
 
-async def read_json(request: Request, *, max_bytes: int, timeout_s: float, executor: Executor) -> Any:
-    """Read and decode the body.
+async def read_json(
+    request: Request, *, max_bytes: int, timeout_s: float, executor: Executor, names: Collection[str] = ()
+) -> Any:
+    """Read and decode the body. names: of its fields, for errors, which repeat no other word of the client.
 
     Raises BodyTooLarge, RequestTimedOut, WrongContentType, BadRequest, or ClientGone.
     """
@@ -42,8 +45,8 @@ async def read_json(request: Request, *, max_bytes: int, timeout_s: float, execu
     except ClientDisconnect as error:
         raise ClientGone from error
     if len(body) <= _INLINE_BYTES:
-        return decode_json(body)
-    return await asyncio.get_running_loop().run_in_executor(executor, decode_json, body)
+        return decode_json(body, names)
+    return await asyncio.get_running_loop().run_in_executor(executor, decode_json, body, names)
 
 
 async def _read_bounded(request: Request, max_bytes: int) -> bytes:
@@ -63,8 +66,8 @@ async def _read_bounded(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def decode_json(body: bytes) -> Any:
-    """Decode one JSON document strictly. Raises BadRequest."""
+def decode_json(body: bytes, names: Collection[str] = ()) -> Any:
+    """Decode one JSON document strictly. Raises BadRequest, with the field at fault if it is one of names."""
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError:
@@ -72,7 +75,11 @@ def decode_json(body: bytes) -> Any:
     try:
         return _DECODER.decode(text)
     except _Refused as error:
-        raise BadRequest(str(error), code="invalid_json") from None
+        reason, name = str(error), _find_field(text)
+        if name not in names:
+            raise BadRequest(f"{reason}.", code="invalid_json") from None
+        message = f"{name}: {reason[:1].lower()}{reason[1:]}."
+        raise BadRequest(message, param=name, code="invalid_json") from None
     except RecursionError:
         raise BadRequest("The request body is nested too deeply.", code="invalid_json") from None
     except ValueError:
@@ -84,29 +91,85 @@ class _Refused(ValueError):
 
 
 def _refuse_constant(_name: str) -> NoReturn:
-    raise _Refused("Numbers must be finite.")
+    raise _Refused("Numbers must be finite")
 
 
 def _parse_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise _Refused("Numbers must be finite.")
+        raise _Refused("Numbers must be finite")
     return value
 
 
 def _parse_int(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise _Refused("Integers must fit 64 bits.")
+        raise _Refused("Integers must fit 64 bits")
     return int(digits)
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise _Refused("An object has the same key twice.")
+        raise _Refused("An object has the same key twice")
     return value
 
 
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_build_object, parse_constant=_refuse_constant, parse_float=_parse_float, parse_int=_parse_int
+)
+
+
+class _Fault:
+    """In place of a value that was refused, or that holds one. name: of the field, None where it is in no object."""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+
+
+def _find_field(text: str) -> str | None:
+    """The field of the whole document that holds what was refused. None: it is none, or what follows is no JSON."""
+    try:
+        document = _FAULT_FINDER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return document.name if isinstance(document, _Fault) else None
+
+
+def _mark_object(pairs: list[tuple[str, Any]]) -> Any:
+    seen: set[str] = set()
+    for name, value in pairs:
+        if name in seen or _holds_fault(value):
+            return _Fault(name)
+        seen.add(name)
+    return dict(pairs)
+
+
+def _holds_fault(value: Any) -> bool:
+    """Objects within it are faults themselves, or hold none."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, _Fault):
+            return True
+        if isinstance(each, list):
+            waiting.extend(each)
+    return False
+
+
+def _or_fault(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse_or_mark(digits: str) -> Any:
+        try:
+            return parse(digits)
+        except _Refused:
+            return _Fault()
+
+    return parse_or_mark
+
+
+# Slower, and only for documents that are refused anyway.
+_FAULT_FINDER = json.JSONDecoder(
+    object_pairs_hook=_mark_object,
+    parse_constant=_or_fault(_refuse_constant),
+    parse_float=_or_fault(_parse_float),
+    parse_int=_or_fault(_parse_int),
 )

@@ -25,6 +25,7 @@ from router.api.fields import (
     ShortText,
     StrictModel,
     Text,
+    WrongField,
     check_stop,
     check_text,
     translate_error,
@@ -129,7 +130,7 @@ class MessagesToolChoice(StrictModel):
     @model_validator(mode="after")
     def _check_together(self) -> MessagesToolChoice:
         if (self.type == "tool") != (self.name is not None):
-            raise ValueError("name goes with type tool")
+            raise WrongField("name", "goes with type tool")
         return self
 
 

@@ -46,6 +46,8 @@ class SamplingFields(ModelField):
     user: ShortText | None = None
     priority: Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower goes first: below 0 is interactive, 0 standard, above 0 batch. Only what the key allows."""
+    cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
+    """Only requests of the same team with the same one share a cached prefix; None: all of the team without one."""
     frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100.0)] | None = None

@@ -129,6 +129,19 @@ def test_a_request_that_can_never_succeed_is_recorded(server: Server, tmp_path: 
     assert len(server.asked) == 3
 
 
+def test_a_wrong_key_ends_the_batch_and_is_no_request_s_answer(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_input(tmp_path, 3)
+    server.play = lambda body: (401, {}, {"error": {"message": "no"}})
+    assert run(server, tmp_path, "--api-key", "wrong") == 1
+    assert "--api-key" in capsys.readouterr().err
+    assert read_answers(tmp_path) == {}
+    server.play = lambda body: (200, {}, {})
+    assert run(server, tmp_path, "--api-key", "right") == 0
+    assert len(read_answers(tmp_path)) == 3
+
+
 def test_a_server_that_stays_away_ends_the_batch(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

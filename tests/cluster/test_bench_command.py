@@ -10,6 +10,7 @@ import pytest
 
 from cluster import cli
 from cluster.bench_client import Answer, EventReader
+from cluster.bench_router import render_router, summarize_router
 from cluster.router_figures import flatten, read_figures
 from router.v1 import router_pb2
 
@@ -211,3 +212,27 @@ def test_figures_of_a_router_pass_through_by_name() -> None:
     assert figures["load_progress"] == 0.5
     assert (figures["nested.deep.0"], figures["nested.deep.1"]) == (1, 2)
     assert not any("name" in name or "flag" in name or "router_id" in name for name in figures)
+
+
+def test_a_router_s_steps_are_told_by_their_parts() -> None:
+    """Of the run alone; the first router was busy before, the second was restarted meanwhile."""
+    before = {
+        "num_steps": 10, "num_generated_tokens": 30, "num_prompt_tokens": 100, "num_cached_tokens": 0,
+        "num_preemptions": 1, "step_times.attention_ns": 4e6, "step_times.wait_ns": 6e6, "step_times.step_ns": 1e7,
+        "num_drafted.0": 10, "num_drafted.1": 0, "num_accepted.0": 10, "num_accepted.1": 0, "dispatch.num_retries": 0,
+    }  # fmt: skip
+    after = before | {
+        "num_steps": 30, "num_generated_tokens": 80, "num_prompt_tokens": 300, "num_cached_tokens": 50,
+        "step_times.attention_ns": 14e6, "step_times.wait_ns": 36e6, "step_times.step_ns": 5e7,
+        "num_drafted.0": 30, "num_accepted.0": 25, "dispatch.num_retries": 2,
+    }  # fmt: skip
+    summary = summarize_router(before, after)
+    assert (summary["num_steps"], summary["step_ms"], summary["tokens_per_step"]) == (20, 2.0, 2.5)
+    assert summary["parts_ms"] == {"attention": 0.5, "wait": 1.5}
+    assert summary["parts_share"] == {"attention": 0.25, "wait": 0.75}
+    assert summary["accepted"] == [0.75, None]
+    assert (summary["cached_share"], summary["num_preemptions"], summary["num_retries"]) == (0.25, 0, 2)
+    text = "\n".join(render_router("r0", summary))
+    assert all(words in text for words in ("20 steps of 2.00 ms, 2.50 tokens each", "75.0%", "75% at 1", "25%"))
+    assert summarize_router(after, before)["num_steps"] == 10
+    assert render_router("r0", summarize_router(after, after)) == ["router r0: no step"]

@@ -171,3 +171,11 @@ def test_doctor_is_content_here(checkpoint: Path, capsys: pytest.CaptureFixture[
 def test_processes_without_tensors_do_not_load_torch(module: str):
     script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_the_help_of_serve_tells_defaults_that_mean_something(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = capsys.readouterr().out
+    assert "(default: 8000)" in text
+    assert "Undefined" not in text and "(default: )" not in text

@@ -39,6 +39,14 @@ def test_the_life_of_a_key(path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert new["key"] not in json.dumps(listed) and load_key_file(path).secret not in json.dumps(listed)
 
 
+def test_the_list_says_what_a_key_may_do(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rights = ["--rpm", "5", "--models", "a,b", "--priorities", "batch", "--note", "of the nightly run"]
+    run(capsys, path, "create", "--team", "red", *rights)
+    assert main(["keys", "list", "--keys-file", str(path)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.endswith("valid  5 requests/min; models a, b; priorities batch  of the nightly run")
+
+
 def test_all_keys_of_a_team_at_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = [run(capsys, path, "create", "--team", team)["new_keys"][0]["key"] for team in ("red", "red", "blue")]
     assert len(run(capsys, path, "rotate", "--team", "red")["new_keys"]) == 2

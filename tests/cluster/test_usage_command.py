@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.state_file import ClusterState, write_state
 from router.tenancy.ledger import Ledger
 from router.tenancy.usage import Outcome, UsageRecord
 
@@ -55,6 +57,19 @@ def test_a_table_for_people(url: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert header.split()[:3] == ["TEAM", "DAY", "NUM_REQUESTS"] and len(lines) == 3
     assert main(["usage", "--ledger", url, "--team", "nobody"]) == 0
     assert capsys.readouterr().out == "nothing was used\n"
+
+
+def test_ledger_and_price_are_those_of_the_cluster_that_runs_here(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHOAL_STATE_DIR", str(tmp_path))
+    state = ClusterState("http://127.0.0.1:9", "http://127.0.0.1:10", "t", os.getpid(), "", None)
+    write_state(tmp_path, replace(state, ledger_url=url, gpu_hour_price=0.5))
+    assert main(["usage", "--team", "red", "--since", "7d", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["usage"]
+    assert row["cost_per_million_tokens"] == pytest.approx(2.0)
+    assert main(["usage", "--team", "red", "--since", "7d", "--json", "--gpu-hour-price", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["usage"][0]["cost"] == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(

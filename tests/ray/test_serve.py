@@ -45,6 +45,14 @@ def test_stdout_is_one_ready_line_with_the_url(serve: ServeProcess):
     assert re.fullmatch(pattern, serve.stdout)
 
 
+def test_the_log_says_how_much_each_router_holds_at_once(serve: ServeProcess):
+    lines = [json.loads(line) for line in serve.stderr.splitlines() if line.startswith("{")]
+    (cache,) = (line for line in lines if "requests_at_full_length" in line)
+    assert cache["router"] == "r0" and cache["max_model_len"] == 4096
+    assert cache["requests_at_full_length"] == pytest.approx(cache["tokens"] / 4096, abs=0.1)
+    assert cache["tokens"] >= 4096
+
+
 def test_four_expert_groups_run_in_four_processes(serve: ServeProcess):
     result = serve.run_command("status", "--url", serve.url, "--json")
     assert result.returncode == 0, result.stderr
@@ -65,6 +73,18 @@ def test_chat_command_prints_an_answer(serve: ServeProcess):
     result = serve.run_command("chat", "--url", serve.url, "-m", "import os", "--max-tokens", "8", "--temperature", "0")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+def test_bench_tells_the_steps_of_its_own_run(serve: ServeProcess):
+    """The controller's figures are a second old, and the run takes less."""
+    load = ["--requests", "4", "--concurrency", "1", "--input-length", "16", "--output-length", "8", "--json"]
+    result = serve.run_command("bench", "--url", serve.url, *load)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    (router,) = report["routers"].values()
+    during = router["during"]
+    assert during["num_steps"] * during["tokens_per_step"] == pytest.approx(report["num_output_tokens"], rel=0.01)
+    assert sum(during["parts_share"].values()) == pytest.approx(1, abs=0.01)
 
 
 def test_every_process_logs_json_with_request_ids_and_without_prompts(serve: ServeProcess):

@@ -114,6 +114,14 @@ def test_routers_are_told_whose_request_it_is(keyed: Keyed, router: ScriptedRout
     assert red.cache_salt == urgent.cache_salt != green.cache_salt and red.cache_salt
 
 
+def test_a_request_s_own_salt_comes_on_top_of_its_team_s(keyed: Keyed, router: ScriptedRouter) -> None:
+    for key, salt in ((keyed.free, None), (keyed.free, "a"), (keyed.free, "b"), (keyed.batch, "a")):
+        keyed.post(key, {**BODY, "cache_salt": salt})
+    plain, first, second, other = (request.cache_salt for request in router.requests)
+    assert (first, second) == (plain + "a", plain + "b")
+    assert other.endswith("a") and other != first
+
+
 def test_a_key_may_do_only_what_it_is_allowed(keyed: Keyed, router: ScriptedRouter) -> None:
     wrong_model = keyed.post(keyed.other_model)
     assert (wrong_model.status_code, wrong_model.json()["error"]["code"]) == (403, "model_not_allowed")

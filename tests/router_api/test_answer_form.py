@@ -186,7 +186,7 @@ def deep(levels: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": {"$ref": "#"}}}},
@@ -196,7 +196,7 @@ def deep(levels: int) -> dict[str, Any]:
             {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": deep(80)}}},
             "response_format.json_schema.schema",
         ),
-        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, None),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "(hunter2"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"grammar": "hunter2"}}, "structured_outputs.grammar"),
@@ -204,10 +204,10 @@ def deep(levels: int) -> dict[str, Any]:
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"tools": [{"type": "function", "function": {"name": "hunter2 !"}}]}, "tools.0.function.name"),
         ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
-        ({"tools": TOOLS * 2}, None),
+        ({"tools": TOOLS * 2}, "tools"),
         ({"tools": TOOLS, "tool_choice": "hunter2"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "hunter2"}}}, None),
-        ({"tool_choice": "required"}, None),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "hunter2"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": "\ud800"}}}]},
             "tools.0.function.parameters",
@@ -365,8 +365,8 @@ def test_an_error_behind_the_first_event_of_messages(
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": "hunter2"}]}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content"),
         ({"messages": [{"role": "system", "content": "hunter2"}]}, "messages.0.role"),
-        ({"tool_choice": {"type": "tool", "name": "hunter2"}}, None),
-        ({"tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tool_choice": {"type": "tool", "name": "hunter2"}}, "tool_choice"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"temperature": 1.5}, "temperature"),
     ],
 )

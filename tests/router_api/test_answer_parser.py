@@ -63,6 +63,20 @@ def test_reasoning_then_content_then_a_call(size: int) -> None:
     assert parse(text, V3_1, size=size) == ("I should\nlook.", "Looking.", [("look", '{"a":1}')])
 
 
+@pytest.mark.parametrize("size", [1, 10_000])
+@pytest.mark.parametrize(
+    ("must_call", "num_calls", "expected"), [(False, 0, True), (True, 0, False), (False, 1, False)]
+)
+def test_a_call_that_is_cut_off_within_its_opening(must_call: bool, num_calls: int, expected: int, size: int) -> None:
+    """Is text where there may be calls, and nothing where there are calls."""
+    opening = '<tool_call>{"'
+    text = write(TAGS, [("f", "{}")] * num_calls) + opening
+    parser = AnswerParser(STAND_INS, TAGS, is_reasoning=False, must_call=must_call)
+    events = [event for at in range(0, len(text), size) for event in parser.push(text[at : at + size])]
+    events += parser.push("", is_last=True)
+    assert "".join(event.text for event in events if isinstance(event, Content)) == opening * expected
+
+
 def test_reasoning_that_the_prompt_has_opened() -> None:
     assert parse("Well.\n</think>\n\nYes.", is_reasoning=True) == ("Well.", "Yes.", [])
     assert parse("never ends", is_reasoning=True) == ("never ends", "", [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import pytest
@@ -55,7 +56,7 @@ def check_refused(answered: httpx.Response, status: int = 400, param: str | None
     ],
 )  # fmt: skip
 def test_bodies_that_are_no_proper_json(http: httpx.Client, route: str, body: bytes) -> None:
-    check_refused(http.post(route, content=body, headers={"content-type": "application/json"}))
+    check_refused(http.post(route, content=body, headers={"content-type": "application/json"}), param=ANY)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_bodies_that_are_no_proper_json(http: httpx.Client, route: str, body: by
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 10**18}, "max_tokens"),
         ({"max_tokens": "hunter2"}, "max_tokens"),
-        ({"max_tokens": 0}, None),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"temperature": -0.1}, "temperature"),
@@ -115,7 +116,7 @@ def test_bodies_that_are_no_proper_json(http: httpx.Client, route: str, body: by
         ({"stream_options": "hunter2"}, "stream_options"),
         ({"echo": "true"}, "echo"),
         ({"min_tokens": -1}, "min_tokens"),
-        ({"best_of": 3}, None),
+        ({"best_of": 3}, "best_of"),
         ({"suffix": "hunter2"}, "suffix"),
         ({"logit_bias": {"hunter2": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
@@ -130,6 +131,8 @@ def test_bodies_that_are_no_proper_json(http: httpx.Client, route: str, body: by
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": 1000}, "repetition_penalty"),
         ({"user": 3}, "user"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": 3}, "cache_salt"),
     ],
 )  # fmt: skip
 def test_bad_fields_are_named(
@@ -137,6 +140,29 @@ def test_bad_fields_are_named(
 ) -> None:
     check_refused(http.post("/v1/completions", json={"model": MODEL, "prompt": SECRET, **change}), param=param)
     assert router.requests == []
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ('"temperature": NaN', "temperature"),
+        ('"temperature": -Infinity', "temperature"),
+        ('"temperature": 1e400', "temperature"),
+        ('"seed": 999999999999999999999', "seed"),
+        ('"stop": ["hunter2", [[1e999]]]', "stop"),
+        ('"logit_bias": {"hunter2": {"hunter2": NaN}}', "logit_bias"),
+        ('"n": 1, "n": 2', "n"),
+        # The words of the client itself are not repeated.
+        ('"hunter2": NaN', None),
+        ('"hunter2": {"temperature": NaN}', None),
+        # Nobody can say what this would be a field of.
+        ('"temperature": NaN, "n": [', None),
+    ],
+)
+def test_what_json_does_not_know_is_named_by_its_field(http: httpx.Client, field: str, param: str | None) -> None:
+    body = f'{{"model": "{MODEL}", "prompt": "{SECRET}", {field}}}'
+    answered = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert check_refused(answered, param=param)["code"] == "invalid_json"
 
 
 @pytest.mark.parametrize("text", ["hunter2 \\ud800", "\\udc00 hunter2", "hunter2 \\u0000"])

@@ -141,10 +141,10 @@ def test_a_chat_that_does_not_fit(http: httpx.Client, router: ScriptedRouter) ->
         ({"chat_template": "{{ 1 }}"}, "chat_template", "unsupported_parameter"),
         ({"chat_template_kwargs": {"tools": True}}, "chat_template_kwargs", "unsupported_parameter"),
         ({"messages": [{"role": "wizard", "content": "1"}]}, "messages.0.role", "invalid_value"),
-        ({"messages": [{"role": "user"}]}, "messages.0", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", "invalid_value"),
-        ({"top_logprobs": 2}, None, "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
     ],
 )  # fmt: skip
