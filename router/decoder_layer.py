@@ -6,6 +6,7 @@ table.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from time import perf_counter_ns
 from typing import Protocol
@@ -60,12 +61,15 @@ class DecoderLayer:
         times: PartTimes | None = None,
         *,
         deterministic: bool,
+        gives_turn: bool = False,
     ) -> None:
         """rotations: [max_model_len, qk_rope_head_dim / 2] complex64. layer_id: an MTP layer's counts on from the
-        main layers'. times: added to; None, nobody asks."""
+        main layers'. times: added to; None, nobody asks. gives_turn: the event loop has work to do while the experts
+        compute."""
         self._layer_id = layer_id
         self._weights = weights
         self._dispatcher = dispatcher
+        self._gives_turn = gives_turn
         self._times = times = times or PartTimes()
         self.front = build_front(config, weights, cache.layer(layer_id), rotations, times, deterministic=deterministic)
 
@@ -93,6 +97,8 @@ class DecoderLayer:
         sent = perf_counter_ns()
         shared = None if self._weights.shared_experts is None else self._weights.shared_experts(run.normed)
         computed = perf_counter_ns()
+        if self._gives_turn:
+            await asyncio.sleep(0)
         routed = await pending.gather()
         if pending.num_left_out is not None:
             np.add(batch.num_left_out, pending.num_left_out, out=batch.num_left_out)

@@ -150,12 +150,7 @@ class Dispatcher:
             asked.layer_id, asked.hidden_states, asked.topk_ids, asked.topk_weights, asked.started_s
         )
         pending = PendingGather(self, layer)
-        if frames:
-            pending.adopt(frames, asked)
-        else:
-            self.counters.num_retries += 1
-            self.counters.count_error(BadReply("a sum is not finite"))
-            pending.start()
+        pending.adopt(frames, asked)
         return pending
 
     def leave_out(self, layer: _Layer) -> LeftOut | None:

@@ -53,9 +53,10 @@ class Acceptance:
 
 @dataclass
 class _StepTimes:
-    """Of steps with about the same number of sequences. seconds[depth]: the latest ones."""
+    """Of steps with about the same number of sequences. seconds[depth]: the latest ones; medians: of these."""
 
     seconds: list[deque[float]]
+    medians: list[float]
     num_steps: int = 0
     next_probe: int = FIRST_PROBE_AFTER
     probe_interval: int = FIRST_PROBE_AFTER
@@ -64,9 +65,13 @@ class _StepTimes:
     following_s: float = 0.0
     num_unfollowed: int = 0
 
+    def note(self, depth: int, seconds: float) -> None:
+        self.seconds[depth].append(seconds)
+        self.medians[depth] = statistics.median(self.seconds[depth])
+
     def note_following(self, seconds: float) -> None:
         """A step with such a pass took that long."""
-        per_step_s = max(0.0, seconds - statistics.median(self.seconds[0])) / (self.num_unfollowed + 1)
+        per_step_s = max(0.0, seconds - self.medians[0]) / (self.num_unfollowed + 1)
         self.following_s = (self.following_s + per_step_s) / 2 if self.following_s else per_step_s
         self.num_unfollowed = 0
 
@@ -74,7 +79,7 @@ class _StepTimes:
         return len(self.seconds[depth]) >= MIN_SAMPLES
 
     def median(self, depth: int) -> float:
-        return statistics.median(self.seconds[depth]) + (self.following_s if depth == 0 else 0.0)
+        return self.medians[depth] + (self.following_s if depth == 0 else 0.0)
 
 
 class DraftPolicy:
@@ -112,36 +117,38 @@ class DraftPolicy:
             return
         if now[1] == 0:
             times.num_unfollowed += 1
-        times.seconds[now[1]].append(seconds)
+        times.note(now[1], seconds)
 
     def choose(self, acceptances: Sequence[Acceptance]) -> list[int]:
         """How many drafts to make for each of the sequences that go on; there is at least one."""
         bucket = _bucket(len(acceptances))
         times = self._times.get(bucket)
         if times is None:
-            times = _StepTimes([deque(maxlen=MAX_SAMPLES) for _ in range(self._max_depth + 1)])
+            depths = self._max_depth + 1
+            times = _StepTimes([deque(maxlen=MAX_SAMPLES) for _ in range(depths)], [0.0] * depths)
             self._times[bucket] = times
         times.num_steps += 1
         tokens = [
             sum(acceptance.expected_tokens(depth) for acceptance in acceptances) for depth in range(self._max_depth + 1)
         ]
-        depth = self._choose_depth(times, tokens)
+        depth = self._choose_depth(bucket, times, tokens)
         self._choices = (self._choices[1], (bucket, depth))
         least_chances = self._least_chances(times, tokens[depth] / len(acceptances), depth)
         return [self._limit(acceptance, least_chances) for acceptance in acceptances]
 
-    def _choose_depth(self, times: _StepTimes, tokens: Sequence[float]) -> int:
+    def _choose_depth(self, bucket: int, times: _StepTimes, tokens: Sequence[float]) -> int:
         if self._probe is not None:
             depth, left = self._probe
             self._probe = (depth, left - 1) if left > 1 else None
             return depth
-        for depth in range(min(1, self._max_depth) + 1):
-            if not times.is_known(depth):
-                return depth
         known = [depth for depth in range(self._max_depth + 1) if times.is_known(depth)]
-        best = max(known, key=lambda depth: tokens[depth] / times.median(depth) * (WORTH_DRAFTING if depth == 0 else 1))
+        if not known and (alike := self._find_alike(bucket)) is not None:
+            return _find_best((0, 1), alike, tokens)
+        if not known or (len(known) == 1 and self._find_alike(bucket) is None):
+            return len(known)
+        best = _find_best(known, times, tokens)
         deeper = best + 1
-        if deeper <= self._max_depth and not times.is_known(deeper):
+        if best > 0 and deeper <= self._max_depth and not times.is_known(deeper):
             return deeper
         if times.num_steps >= times.next_probe:
             times.probe_interval = min(2 * times.probe_interval, PROBE_INTERVAL)
@@ -152,6 +159,12 @@ class DraftPolicy:
             self._probe = (oldest, PROBE_STEPS - 1)
             return oldest
         return best
+
+    def _find_alike(self, bucket: int) -> _StepTimes | None:
+        """Steps with the nearest number of sequences of which it is known what one draft costs: that it pays there is
+        good enough to begin with, as a batch that shrinks passes through many numbers of sequences."""
+        known = [other for other, times in self._times.items() if times.is_known(0) and times.is_known(1)]
+        return self._times[min(known, key=lambda other: abs(other - bucket))] if known else None
 
     def _least_chances(self, times: _StepTimes, tokens_per_sequence: float, depth: int) -> list[float]:
         """The chance that a draft at each depth needs to be worth its row: its share of the time a depth takes, in
@@ -175,6 +188,11 @@ class DraftPolicy:
         for index in range(depth, self._max_depth):
             acceptance.rates[index] += FORGETTING * (self._common.rates[index] - acceptance.rates[index])
         return depth
+
+
+def _find_best(depths: Sequence[int], times: _StepTimes, tokens: Sequence[float]) -> int:
+    """tokens: of a step, by depth."""
+    return max(depths, key=lambda depth: tokens[depth] / times.median(depth) * (WORTH_DRAFTING if depth == 0 else 1))
 
 
 def _bucket(num_sequences: int) -> int:

@@ -253,12 +253,14 @@ class Engine:
         sampled = self._sample(chunks, batch, hidden_states)
         self._charge(chunks)
         going_on: list[tuple[Sequence, Segment]] = []
+        has_left_out = batch.num_left_out.any()
         for chunk, segment in zip(chunks, batch.segments, strict=True):
             sequence = chunk.sequence
             if sequence.cancelled:
                 continue
-            rows = slice(segment.start, segment.start + segment.num_new)
-            sequence.num_left_out += int(batch.num_left_out[rows].sum())
+            if has_left_out:
+                rows = slice(segment.start, segment.start + segment.num_new)
+                sequence.num_left_out += int(batch.num_left_out[rows].sum())
             if self._take(chunk, sampled.get(sequence, [])):
                 going_on.append((sequence, segment))
         if self._drafter is not None and going_on:
@@ -292,7 +294,9 @@ class Engine:
         if not sampled:
             return {}
         last_rows = [row for chunk, segment in sampled for row in _last_rows(chunk, segment)]
-        logits = self._trunk.compute_logits(hidden_states[last_rows])
+        if len(last_rows) < hidden_states.shape[0]:
+            hidden_states = hidden_states[last_rows]
+        logits = self._trunk.compute_logits(hidden_states)
         started_ns = time.perf_counter_ns()
         rows = [
             build_sample_row(chunk.sequence, chunk.sequence.draft_token_ids[:n], self._eos_token_ids)

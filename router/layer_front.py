@@ -164,8 +164,9 @@ class NativeFront:
     def attend(self, run: LayerRun) -> None:
         assert isinstance(run, NativeRun)
         self._layer.attend(run)
-        self._times.attention_ns += run.times_ns[0]
-        self._times.gate_ns += run.times_ns[1]
+        attention_ns, gate_ns = run.times_ns
+        self._times.attention_ns += attention_ns
+        self._times.gate_ns += gate_ns
 
     def fill_cache(self, run: LayerRun) -> None:
         assert isinstance(run, NativeRun)

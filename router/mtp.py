@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from experts.device import CPU
 from experts.model_config import ModelConfig
@@ -53,6 +52,7 @@ class MtpModule:
             compute_rotations(config, max_model_len).to(device),
             PartTimes(),
             deterministic=deterministic,
+            gives_turn=True,  # the tokens of the step before are handed out
         )
 
     async def forward(self, hidden_states: Tensor, batch: StepBatch) -> Tensor:
@@ -60,7 +60,7 @@ class MtpModule:
 
         hidden_states: [num_tokens, hidden_size], of the trunk before its final norm, or what this returned. batch: row
         i has hidden state i's position, and the token behind it as input id."""
-        embedded = functional.embedding(batch.input_ids, self._weights.embed_tokens)
+        embedded = torch.embedding(self._weights.embed_tokens, batch.input_ids)
         if self._copies is not None:
             embedded, batch = self._copies.send(embedded), self._copies.send_batch(batch)
         normed = [

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -45,6 +44,15 @@ class _Rows(NamedTuple):
 
 
 @dataclass
+class _State:
+    """Of a sequence, at the sequence: of a step of many sequences, looking it up was a noticeable part. kept: rows that
+    have not gone through the module."""
+
+    acceptance: Acceptance
+    kept: _Rows | None = None
+
+
+@dataclass
 class _Job:
     """What goes through the module for one input. block_ids: as they were when it began; cancelling takes them from
     the sequence, but nobody else gets them within a step."""
@@ -64,15 +72,13 @@ class MtpDrafter:
         self._policy = policy
         self._module = module
         self._eos_token_ids = eos_token_ids
-        self._acceptances: WeakKeyDictionary[Sequence, Acceptance] = WeakKeyDictionary()
-        self._kept: WeakKeyDictionary[Sequence, _Rows] = WeakKeyDictionary()
         self._followed = False  # the last step had a pass without drafts
 
     def choose_depths(self, sequences: Series[Sequence]) -> list[int]:
-        return self._policy.choose([self._acceptance_of(sequence) for sequence in sequences])
+        return self._policy.choose([self._state_of(sequence).acceptance for sequence in sequences])
 
     def note_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
-        self._policy.note_verified(self._acceptance_of(sequence), num_drafts, num_accepted)
+        self._policy.note_verified(self._state_of(sequence).acceptance, num_drafts, num_accepted)
 
     def note_step(self, num_sequences: int, seconds: float) -> None:
         self._policy.note_step(num_sequences, seconds, self._followed)
@@ -84,7 +90,7 @@ class MtpDrafter:
         if not any(job.num_drafts > 0 or job.rows.stop - job.rows.start >= MAX_KEPT_ROWS for job in jobs):
             # Nothing is due. A copy: the rows are a view of all rows of their step.
             for job in jobs:
-                self._kept[job.sequence] = _Rows(job.rows.hidden_states.clone(), job.rows.start)
+                self._state_of(job.sequence).kept = _Rows(job.rows.hidden_states.clone(), job.rows.start)
             return drafts
         # What is kept goes along; without drafts it fills the cache, and asks the expert groups nothing.
         self._followed = all(job.num_drafts == 0 for job in jobs)
@@ -121,16 +127,16 @@ class MtpDrafter:
         if sequence.request.max_tokens <= 1:
             return None  # nothing will ever be drafted for it
         rows = _Rows(item.hidden_states, item.start)
-        kept = self._kept.pop(sequence, None)
+        state = self._state_of(sequence)
+        kept, state.kept = state.kept, None
         if kept is not None and kept.stop == rows.start:  # else it was computed anew
             rows = _Rows(torch.cat([kept.hidden_states, rows.hidden_states]), kept.start)
         return _Job(index, sequence, rows, item.num_drafts, sequence.block_ids, [])
 
-    def _acceptance_of(self, sequence: Sequence) -> Acceptance:
-        acceptance = self._acceptances.get(sequence)
-        if acceptance is None:
-            acceptance = self._acceptances[sequence] = self._policy.new_acceptance()
-        return acceptance
+    def _state_of(self, sequence: Sequence) -> _State:
+        if not isinstance(sequence.draft_state, _State):
+            sequence.draft_state = _State(self._policy.new_acceptance())
+        return sequence.draft_state
 
 
 def _span_of(job: _Job) -> TokenSpan:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import math
 import time
 import weakref
 from collections.abc import Sequence
@@ -93,7 +92,7 @@ class Successor(Protocol):
     """Who goes on with a round."""
 
     def __call__(self, asked: Asked, frames: dict[int, SentFrame]) -> Gather:
-        """frames: by index of the group in the table; empty: ask everybody again."""
+        """frames: by index of the group in the table."""
         ...
 
 
@@ -308,11 +307,7 @@ class NativeRound:
             raise
         if self._successor is not None:
             return await self._successor.gather()
-        assert self._total is not None
-        if not math.isfinite(self._total.sum().item()) and self._asked.hidden_states.isfinite().all():
-            # Somebody answered nonsense, or the weights make this of the rows: that is found out elsewhere.
-            self._successor = scatter.go_on(self._asked, {})
-            return await self._successor.gather()
+        assert self._total is not None  # and finite, else the library would have left it to a successor
         return self._total
 
     @property

@@ -7,11 +7,11 @@ router, or verified several tokens at once, with the same outcome.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +53,12 @@ class SampleRow(NamedTuple):
     drafts: tuple[int, ...] = ()
     allowed: bytes | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are sampled from as they are."""
+        params = self.params
+        return params.logit_bias is params.penalties is self.allowed is None and not self.banned_ids
+
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """logits: [num_rows, vocab_size] float32, not changed. Returns [num_rows] int64.
@@ -81,6 +87,8 @@ def _choose_best(logits: Tensor) -> Tensor:
 
 def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Bias, penalties, bans and grammars; the logits themselves where no row has any."""
+    if all(row.is_plain for row in rows):
+        return logits
     biased = [BiasedRow(i, row.params.logit_bias) for i, row in enumerate(rows) if row.params.logit_bias is not None]
     penalised = [
         PenalisedRow(i, row.params.penalties, row.counts, row.drafts)
@@ -89,8 +97,6 @@ def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     ]
     banned = [(i, token_id) for i, row in enumerate(rows) for token_id in row.banned_ids]
     bound = [BoundRow(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
-    if not (biased or penalised or banned or bound):
-        return logits
     logits = logits.clone()
     if biased:
         add_biases_(logits, biased)
@@ -104,9 +110,7 @@ def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 
 # As struct SampleRow in experts/kernels/cpu/sample.h.
-_NATIVE_ROW = np.dtype(
-    [("temperature", "<f4"), ("top_p", "<f4"), ("min_p", "<f4"), ("top_k", "<i4"), ("key", "<u8")], align=True
-)
+_NATIVE_ROW = struct.Struct("=fffiQQ")
 
 
 def _sample_random(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -114,14 +118,15 @@ def _sample_random(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     if library is None or logits.device.type != "cpu":
         return sample_in_torch(logits, rows)
     logits = logits.contiguous()
-    settings = np.array(
-        [(p.temperature, p.top_p, p.min_p, p.top_k, _key(p.seed, position)) for p, position, *_ in rows], _NATIVE_ROW
+    settings = b"".join(
+        [
+            _NATIVE_ROW.pack(p.temperature, p.top_p, p.min_p, p.top_k, p.seed & _MASK, position)
+            for p, position, *_ in rows
+        ]
     )
     token_ids = torch.empty(len(rows), dtype=torch.int64)
     num_rows, vocab_size = logits.shape
-    if library.shoal_sample(
-        logits.data_ptr(), vocab_size, num_rows, vocab_size, settings.ctypes.data, token_ids.data_ptr()
-    ):
+    if library.shoal_sample(logits.data_ptr(), vocab_size, num_rows, vocab_size, settings, token_ids.data_ptr()):
         raise MemoryError("no memory to sample")
     return token_ids
 

@@ -90,6 +90,7 @@ class Sequence:
     num_left_out: experts that its rows had to do without, those of drafts included; what it computes from then on is
     not for others. counts: of its tokens, where it has penalties. grammar: what its answer must match. outputs ends
     with one that has a finish_reason, or with an error.
+    draft_state: what the drafter keeps of it.
     arrived_s, started_s, first_token_s: of time.monotonic; started_s: its first step began. trace: None: not sampled.
     """
 
@@ -114,6 +115,7 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float | None = None
     trace: SequenceTrace | None = None
+    draft_state: object | None = None
     outputs: asyncio.Queue[SequenceOutput | Exception] = field(
         default_factory=asyncio.Queue[SequenceOutput | Exception]
     )

@@ -80,10 +80,11 @@ def build_step_batch(spans: Sequence[TokenSpan]) -> StepBatch:
         for position in range(context_len, end):
             positions.append(position)
             slots.append(block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+    rows = torch.from_numpy(np.array((input_ids, positions, slots), dtype=np.int64))
     return StepBatch(
-        input_ids=torch.tensor(input_ids),
-        positions=torch.tensor(positions),
-        slot_mapping=torch.tensor(slots),
+        input_ids=rows[0],
+        positions=rows[1],
+        slot_mapping=rows[2],
         block_tables=torch.from_numpy(block_tables),
         segments=segments,
         num_left_out=np.zeros(len(input_ids), dtype=np.int32),

@@ -9,7 +9,6 @@ from time import perf_counter_ns
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from experts.model_config import ModelConfig
 from router.decoder_layer import DecoderLayer, ExpertDispatcher, run_layers
@@ -56,7 +55,7 @@ class Trunk:
         Safe to run for several batches at once on one event loop, if no row of one is in the context of another or
         order has that batch come first. order: None, the batch waits for no other.
         """
-        hidden_states = functional.embedding(batch.input_ids, self._weights.embed_tokens)
+        hidden_states = torch.embedding(self._weights.embed_tokens, batch.input_ids)
         if self._copies is not None:
             hidden_states, batch = self._copies.send(hidden_states), self._copies.send_batch(batch)
         return await run_layers(self._layers, hidden_states, batch, order)

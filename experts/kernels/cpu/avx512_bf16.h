@@ -64,12 +64,13 @@ struct DecodedLines {
 // fastest at half a cell.
 static inline int lines_ahead(int rows) { return rows <= 2 ? 2 * kPairsPerBlock : kPairsPerBlock / 2; }
 
+// pairs: of inputs, in this block.
 template <int kRows, int kParts, class Lines>
-static inline void multiply_rows(const Lines& lines, const uint16_t* x, const float* scales, bool first, float* sums) {
+static inline void multiply_rows(const Lines& lines, int pairs, const uint16_t* x, const float* scales, bool first, float* sums) {
     __m512 sum[kRows][2];
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
-    for (int pair = 0; pair < kPairsPerBlock; ++pair) {
+    for (int pair = 0; pair < pairs; ++pair) {
         const e4m3::Line line = lines(pair);
         const __m512bh low = (__m512bh)line.low, high = (__m512bh)line.high;
 #pragma GCC unroll 16
@@ -98,17 +99,17 @@ static inline void multiply_rows(const Lines& lines, const uint16_t* x, const fl
 constexpr int kRowsAtOnce = 8;
 
 template <int kParts, class Lines>
-static inline void multiply_few(int rows, const Lines& lines, const uint16_t* x, const float* scales, bool first,
+static inline void multiply_few(int rows, const Lines& lines, int pairs, const uint16_t* x, const float* scales, bool first,
                                 float* sums) {
     switch (rows) {
-        case 8: return multiply_rows<8, kParts>(lines, x, scales, first, sums);
-        case 7: return multiply_rows<7, kParts>(lines, x, scales, first, sums);
-        case 6: return multiply_rows<6, kParts>(lines, x, scales, first, sums);
-        case 5: return multiply_rows<5, kParts>(lines, x, scales, first, sums);
-        case 4: return multiply_rows<4, kParts>(lines, x, scales, first, sums);
-        case 3: return multiply_rows<3, kParts>(lines, x, scales, first, sums);
-        case 2: return multiply_rows<2, kParts>(lines, x, scales, first, sums);
-        default: return multiply_rows<1, kParts>(lines, x, scales, first, sums);
+        case 8: return multiply_rows<8, kParts>(lines, pairs, x, scales, first, sums);
+        case 7: return multiply_rows<7, kParts>(lines, pairs, x, scales, first, sums);
+        case 6: return multiply_rows<6, kParts>(lines, pairs, x, scales, first, sums);
+        case 5: return multiply_rows<5, kParts>(lines, pairs, x, scales, first, sums);
+        case 4: return multiply_rows<4, kParts>(lines, pairs, x, scales, first, sums);
+        case 3: return multiply_rows<3, kParts>(lines, pairs, x, scales, first, sums);
+        case 2: return multiply_rows<2, kParts>(lines, pairs, x, scales, first, sums);
+        default: return multiply_rows<1, kParts>(lines, pairs, x, scales, first, sums);
     }
 }
 
@@ -121,6 +122,9 @@ static inline void multiply(const Panels& panels, const uint16_t* x, int rows, S
         for (int block = 0; block < blocks; ++block) {
             const size_t index = size_t(panel) * blocks + block;
             const uint8_t* cell = matrix.cells + index * matrix.cell_bytes();
+            // Small heads fill a quarter of a block.
+            const int left = matrix.columns - block * kBlockColumns;
+            const int pairs = left < kBlockColumns ? (left + 1) / 2 : kPairsPerBlock;
             float scales[2] = {1, 1};
             if (matrix.kind == kFp8)
                 for (int half = 0; half < 2; ++half) scales[half] = matrix.scales[index * 2 + half] * e4m3::kSmallTimes;
@@ -130,10 +134,10 @@ static inline void multiply(const Panels& panels, const uint16_t* x, int rows, S
                 const uint16_t* activations = x + (size_t(block) * rows + row) * kParts * kBlockColumns;
                 float* sums = scratch.sums + row * kPanelRows;
                 if (matrix.kind == kFp8)
-                    multiply_few<kParts>(count, DecodedLines{cell, ahead, matrix.uncovered[index]}, activations, scales,
+                    multiply_few<kParts>(count, DecodedLines{cell, ahead, matrix.uncovered[index]}, pairs, activations, scales,
                                          !block, sums);
                 else
-                    multiply_few<kParts>(count, StoredLines{cell, ahead}, activations, scales, !block, sums);
+                    multiply_few<kParts>(count, StoredLines{cell, ahead}, pairs, activations, scales, !block, sums);
             }
         }
         for (int row = 0; row < rows; ++row) finish(panel, row, scratch.sums + row * kPanelRows);

@@ -12,7 +12,7 @@ namespace shoal {
 struct SampleRow {
     float temperature, top_p, min_p;
     int32_t top_k;
-    uint64_t key;  // of the noise: a hash of seed and position
+    uint64_t seed, position;
 };
 
 // splitmix64, as in router/sampler.py.
@@ -23,6 +23,9 @@ inline uint64_t mix(uint64_t value) {
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB;
     return value ^ (value >> 31);
 }
+
+// What the noise of a row is drawn with.
+inline uint64_t make_key(uint64_t seed, uint64_t position) { return mix((seed ^ mix(position + kGolden)) + kGolden); }
 
 inline float gumbel_noise(uint64_t key, int32_t token_id) {
     const uint64_t bits = mix(key + (uint64_t(token_id) + 1) * kGolden);
@@ -134,16 +137,17 @@ class Sampler {
         float* tempered = tempered_.data();
         largest_.resize((vocab_size + kBlock - 1) / kBlock);
         temper(logits, find_best(logits, vocab_size), row.temperature, vocab_size, tempered, largest_.data());
+        const uint64_t key = make_key(row.seed, row.position);
         const float floor = row.min_p > 0 ? std::log(row.min_p) : -INFINITY;
         if (row.top_k <= 0 && row.top_p >= 1) {
             Choice choice;
             for (int32_t i = 0; i < vocab_size; ++i)
-                if (tempered[i] >= floor) choice.offer(tempered[i], i, row.key);
+                if (tempered[i] >= floor) choice.offer(tempered[i], i, key);
             return choice.token_id;
         }
         const int32_t num_kept = keep_top(vocab_size, floor, row);
         Choice choice;
-        for (int32_t i = 0; i < num_kept; ++i) choice.offer(kept_[i].logit, kept_[i].token_id, row.key);
+        for (int32_t i = 0; i < num_kept; ++i) choice.offer(kept_[i].logit, kept_[i].token_id, key);
         return choice.token_id;
     }
 
