@@ -11,60 +11,52 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from cluster import autoscaler, desired_state
-from cluster.autoscaler import Decision, GroupMemory, ReplicaLoad, compute_group_load, find_rule
+from cluster import desired_state
+from cluster.autoscaler import ReplicaLoad, compute_group_load
+from cluster.autoscaling import Autoscaling
 from cluster.balancer import Balancer
+from cluster.call_thread import CALL_TIMEOUT_S, CallThread
 from cluster.desired_state import DesiredGroup, DesiredState
-from cluster.errors import BadRecord, ChangeRefused, StoreUnavailable
+from cluster.errors import ChangeRefused, StoreUnavailable
 from cluster.event_log import EventLog
 from cluster.expert_load import build_expert_load
 from cluster.fleet import Fleet
 from cluster.fleet_follower import FleetFollower, Followed
 from cluster.hosting import read_hosting
 from cluster.hosting_calls import HostingCalls
+from cluster.observer import Observer, Probed
 from cluster.planner import (
     ActorState,
     CreateReplica,
     CreateRouter,
     DrainReplica,
-    Health,
     HostExperts,
     Memory,
     Observation,
     Plan,
     PushTable,
     RemoveReplica,
-    RouterReport,
     compute_plan,
 )
 from cluster.rebalance_view import Proposal, build_proposal, sum_pairs
-from cluster.rebalancing import Throughput, rebalancing_from_record
+from cluster.rebalancing import Throughput
 from cluster.record_store import RecordStore
 from cluster.records import (
-    EVENTS_KEY,
-    REPLICA_PREFIX,
-    ROUTER_PREFIX,
-    SPEC_KEY,
-    UPGRADE_KEY,
     ActorRecord,
-    ReplicaRecord,
-    RouterRecord,
     desired_key,
     rebalancing_key,
     replica_key,
-    table_key,
 )
 from cluster.router_figures import read_figures
-from cluster.spec import ClusterSpec, spec_from_json
+from cluster.spec import ClusterSpec
 from cluster.status_view import build_plan_view, build_status
-from cluster.stored_table import memory_from_json, memory_to_json
+from cluster.stored_state import StoredState
 from cluster.track import Factory, Track
-from cluster.upgrade import DEFAULT_DRAIN_TIMEOUT_S, DEFAULT_TIMEOUT_S, narrow, plan_target, upgrade_from_json
+from cluster.upgrade import DEFAULT_DRAIN_TIMEOUT_S, DEFAULT_TIMEOUT_S, narrow, plan_target
 from cluster.upgrade_preflight import Room, check_candidate, check_room
 from cluster.upgrader import Upgrader
 from experts.errors import ExpertsError
@@ -76,11 +68,6 @@ logger = logging.getLogger(__name__)
 
 # One look costs two calls of about a millisecond, and the table follows a restart within one interval.
 LOOP_INTERVAL_S = 0.1
-# Which actors exist is asked less often: only an actor that failed in its constructor needs it.
-LIST_INTERVAL_S = 1.0
-RAY_CALL_TIMEOUT_S = 10.0
-# As often as replicas are asked for their load.
-AUTOSCALE_INTERVAL_S = 1.0
 # Frames take less than a second; a router closes its streams to a replica that left the table once they are answered.
 REPLICA_DRAIN_S = 30.0
 # Of which experts are asked for; every viewer of the status page and every scrape asks.
@@ -93,23 +80,12 @@ T = TypeVar("T")
 RecordT = TypeVar("RecordT", bound=ActorRecord)
 
 
-class Prober(Protocol):
+class Prober(Probed, Protocol):
     """See cluster.probes.Probes."""
-
-    @property
-    def replica_health(self) -> Mapping[tuple[str, int], Health]: ...
-
-    @property
-    def router_reports(self) -> Mapping[tuple[str, int], RouterReport]: ...
-
-    @property
-    def replica_loads(self) -> Mapping[tuple[str, int], ReplicaLoad]: ...
 
     async def fetch_pairs(self) -> Sequence[experts_pb2.LoadResponse]: ...
 
     def router_details(self) -> Mapping[tuple[str, int], Any]: ...
-
-    def set_targets(self, replicas: Mapping[tuple[str, int], str], routers: Mapping[tuple[str, int], str]) -> None: ...
 
     def push_table(self, target: tuple[str, int], table: ExpertTable) -> None: ...
 
@@ -138,41 +114,30 @@ class ControllerLoop:
         where nodes stay as they are. may_act: False while another controller may be at work; no turn begins then.
         wanted_checkpoint: what the settings name, which is upgraded to by itself; None: whoever asks decides."""
         self._may_act = may_act
-        self._store = store
         self._prober = prober
         self._clock = clock
         self._wall_clock = wall_clock
-        self._store_calls = _CallThread("record store")
-        self._ray_calls = _CallThread("ray")
+        self._ray_calls = CallThread("ray")
         self._change_lock = asyncio.Lock()
         self._events = EventLog(wall_clock)
-        self._observation = Observation(
-            now_s=clock(),
-            replicas={},
-            routers={},
-            replica_health={},
-            router_reports={},
-            existing_ids=None,
-            node_ids=frozenset(),
-            drained=frozenset(),
-            draining=False,
-        )
+        self._stored = StoredState(store, CallThread("record store"), self._events, clock)
+        self._observer = Observer(self._stored, self._ray_calls, prober, self._events, clock)
         # Of the weights that new requests are for; those beside them are the upgrader's.
         self._track = Track(spec, factory, desired_state.begin(spec))
-        self._listed_s: float | None = None
-        self._rules = {
-            group.name: rule for group in spec.groups if (rule := find_rule(group.name, spec.autoscale)) is not None
-        }
-        self._group_memories: dict[str, GroupMemory] = {}
-        self._decisions: Sequence[Decision] = ()
-        self._autoscaled_s: float | None = None
+        self._autoscaling = Autoscaling(spec, self.scale)
         self._drains: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._follower = (
             None if fleet is None else FleetFollower(fleet, self._events, prober.drain_router, self._kill_router)
         )
         self._fleet = fleet
         self._upgrader = Upgrader(
-            self._events, clock, wall_clock, self._put, self._delete, prober.drain_router, self._kill_router
+            self._events,
+            clock,
+            wall_clock,
+            self._stored.put,
+            self._stored.delete,
+            prober.drain_router,
+            self._kill_router,
         )
         self._hosting_calls = HostingCalls(factory, clock)
         self._balancer = Balancer(
@@ -183,7 +148,7 @@ class ControllerLoop:
                 lambda desired: desired_state.rehost(desired, placements), f"rebalanced: {reason}"
             ),
             self._measure_throughput,
-            lambda record: self._put(rebalancing_key(self._track.spec.weights_version), record),
+            lambda record: self._stored.put(rebalancing_key(self._track.spec.weights_version), record),
             interval_s=spec.rebalance_interval_s,
             extra_share=spec.rebalance_extra_share,
         )
@@ -212,8 +177,9 @@ class ControllerLoop:
     async def step(self) -> Plan:
         """One turn: observe, plan, act. Returns the plan for the weights that new requests are for."""
         if self._track.memory is None:
-            await self._load()
-        await self._observe()
+            await self._take_over()
+        drained = frozenset(target for target, task in self._drains.items() if task.done())
+        await self._observer.look(self._track.factory, drained, has_planned=self._track.plan is not None)
         plan = await self._turn(self._track)
         if (beside := self._upgrader.beside) is not None:
             await self._turn(beside)
@@ -237,14 +203,27 @@ class ControllerLoop:
                 )
             self._track = await self._upgrader.turn(self._track, self._get_observation, self._list_working_routers())
             await self._follow_settings(plan)
-        await self._store_events()
+        await self._stored.keep_events()
         return plan
+
+    async def _take_over(self) -> None:
+        """Go on where a predecessor ended. Raises StoreUnavailable, and nothing is taken over then."""
+        found = await self._stored.take_over(self._track)
+        self._track = found.track
+        if found.rebalancing is not None:
+            self._balancer.restore(found.rebalancing)
+        if found.upgrade is not None:
+            self._upgrader.restore(found.upgrade, found.beside)
+
+    @property
+    def _observation(self) -> Observation:
+        return self._observer.observation
 
     async def _turn(self, track: Track) -> Plan:
         observation = self._get_observation(track)
         assert track.memory is not None  # _load and the upgrader have seen to it
         plan = compute_plan(track.planned_spec, track.desired, observation, track.memory)
-        await self._persist(track, plan.memory)
+        await self._stored.keep_memory(track, plan.memory)
         self._record_changes(track, plan, observation)
         track.memory = plan.memory
         track.plan = plan
@@ -322,7 +301,9 @@ class ControllerLoop:
         """Of both weights, while the cluster is upgraded."""
         tracks = self._list_tracks()
         views = [
-            build_plan_view(track.desired, self._get_observation(track), self._get_plan(track), self._decisions)
+            build_plan_view(
+                track.desired, self._get_observation(track), self._get_plan(track), self._autoscaling.decisions
+            )
             for track in tracks
         ]
         view = {**views[0], "settled": views[0]["settled"] and len(tracks) == 1}
@@ -427,7 +408,7 @@ class ControllerLoop:
     async def drain(self, timeout_s: float) -> int:
         """Stop creating actors and drain the routers. Returns the sequences still running after timeout_s."""
         self._events.add("cluster", "drain", f"asked for by the admin API, for at most {timeout_s:g} s")
-        self._observation = replace(self._observation, draining=True)
+        self._observer.start_draining()
         return await self._prober.drain_routers(timeout_s)
 
     async def upgrade(self, checkpoint: str, timeout_s: float, drain_timeout_s: float) -> dict[str, Any]:
@@ -518,7 +499,7 @@ class ControllerLoop:
             before, after = track.desired, change(track.desired)
             if after is before:
                 return before.version
-            await self._put(desired_key(track.spec.weights_version), after.to_json())
+            await self._stored.put(desired_key(track.spec.weights_version), after.to_json())
             track.desired = after
             for old, new in zip(before.groups, after.groups, strict=True):
                 if old.hosted != new.hosted:
@@ -531,47 +512,27 @@ class ControllerLoop:
             logger.info("desired state version=%d reason=%s", after.version, reason)
             return after.version
 
-    async def _put(self, key: bytes, value: bytes) -> None:
-        await self._store_calls.call(lambda: self._store.put(key, value))
-
-    async def _delete(self, key: bytes) -> None:
-        await self._store_calls.call(lambda: self._store.delete(key))
-
     async def _kill_router(self, router_id: str) -> None:
         await self._ray_calls.call(functools.partial(self._track.factory.kill, router_id))
-        self._note_existing(set(), {router_id})
+        self._observer.note_existing(set(), {router_id})
 
     async def _autoscale(self, plan: Plan) -> None:
-        """Judge every group that has a rule by its own load, once per AUTOSCALE_INTERVAL_S."""
-        now_s = self._observation.now_s
-        is_due = self._autoscaled_s is None or now_s - self._autoscaled_s >= AUTOSCALE_INTERVAL_S
-        if not self._rules or not is_due or self._track.desired.rollout or self._observation.existing_ids is None:
+        observation, groups = self._observation, self._track.desired.groups
+        if self._track.desired.rollout or observation.existing_ids is None:
             return
-        self._autoscaled_s = now_s
-        counts = {group.name: len(group.member_ids) for group in self._track.desired.groups}
-        loads = {
-            group.name: compute_group_load(list(self._list_loads(plan, group.member_ids).values()))
-            for group in self._track.desired.groups
-        }
-        settled = {name: plan.is_group_ready(name, counts[name]) for name in counts}
-        self._decisions = autoscaler.decide_all(self._rules, counts, settled, loads, self._group_memories, now_s)
-        if self._observation.draining:
+        if not self._autoscaling.is_due(observation.now_s):
             return
-        for decision in self._decisions:
-            if decision.action == "keep":
-                self._group_memories[decision.group_name] = decision.memory
-            elif not self._track.spec.autoscale_dry_run:
-                await self._scale_group(decision)
-
-    async def _scale_group(self, decision: Decision) -> None:
-        try:
-            await self.scale(
-                {decision.group_name: decision.num_replicas}, force=False, reason=f"autoscaled: {decision.reason}"
-            )
-        except (ChangeRefused, StoreUnavailable) as error:
-            logger.warning("not autoscaled group=%s: %s", decision.group_name, error)
-            return
-        self._group_memories[decision.group_name] = decision.memory
+        counts = {group.name: len(group.member_ids) for group in groups}
+        await self._autoscaling.judge(
+            counts,
+            {name: plan.is_group_ready(name, count) for name, count in counts.items()},
+            {
+                group.name: compute_group_load(list(self._list_loads(plan, group.member_ids).values()))
+                for group in groups
+            },
+            observation.now_s,
+            may_act=not observation.draining,
+        )
 
     def _list_loads(self, plan: Plan, member_ids: Sequence[str]) -> dict[str, ReplicaLoad]:
         """Of ready replicas that reported, by id."""
@@ -605,123 +566,6 @@ class ControllerLoop:
         wanted = (id_ for track in self._list_tracks() for id_ in track.own_ids)
         return (self._observation.existing_ids or frozenset()) | self._observation.replicas.keys() | frozenset(wanted)
 
-    async def _persist(self, track: Track, memory: Memory) -> None:
-        """Keep table and digests for a successor, before they are pushed.
-
-        With the store down they are pushed all the same: routers must hear of a dead replica, and a successor outbids
-        whatever version they hold.
-        """
-        stored = track.stored
-        if stored is not None and (memory.table, memory.digests) == (stored.table, stored.digests):
-            return
-        if track.memory is None or memory.table is not track.memory.table:
-            self._events.add("expert table", "publish", f"version {memory.table.version}: {_describe(memory.table)}")
-        try:
-            await self._put(table_key(track.spec.weights_version), memory_to_json(memory))
-        except StoreUnavailable:
-            # The look at the records has said so; the next turn tries again.
-            return
-        track.stored = memory
-
-    async def _store_events(self) -> None:
-        if self._events.is_stored:
-            return
-        data = self._events.to_json()
-        try:
-            await self._store_calls.call(lambda: self._store.put(EVENTS_KEY, data))
-        except StoreUnavailable:
-            return
-        self._events.is_stored = True
-
-    async def _load(self) -> None:
-        """Take over what a predecessor left. Raises StoreUnavailable."""
-        events, spec, upgrade = await self._fetch(EVENTS_KEY), await self._fetch(SPEC_KEY), None
-        try:
-            if events is not None:
-                self._events.restore(events)
-                self._events.add("controller", "start", "it goes on where another one ended")
-            if (stored := await self._fetch(UPGRADE_KEY)) is not None:
-                upgrade = upgrade_from_json(stored)
-            serving = [] if upgrade is None else [upgrade.serving]
-            serving += [] if spec is None else [spec_from_json(spec)]
-            for each in serving:
-                if each.weights_version > self._track.spec.weights_version:
-                    self._track = Track(each, self._track.factory.for_spec(each), desired_state.begin(each))
-        except BadRecord as error:
-            logger.warning("starting without what a predecessor left: %s", error)
-        await self._load_rebalancing()
-        await self._load_track(self._track)
-        if upgrade is not None:
-            beside = None
-            if upgrade.beside is not None:
-                factory = self._track.factory.for_spec(upgrade.beside)
-                beside = Track(upgrade.beside, factory, desired_state.begin(upgrade.beside))
-                await self._load_track(beside)
-            self._upgrader.restore(upgrade, beside)
-
-    async def _load_rebalancing(self) -> None:
-        stored = await self._fetch(rebalancing_key(self._track.spec.weights_version))
-        if stored is None:
-            return
-        try:
-            rebalancing = rebalancing_from_record(stored, self._clock())
-        except BadRecord as error:
-            logger.warning("starting without what a predecessor left: %s", error)
-            return
-        if set(rebalancing.proposal.group_names) == {group.name for group in self._track.spec.groups}:
-            self._balancer.restore(rebalancing)
-
-    async def _load_track(self, track: Track) -> None:
-        version = track.spec.weights_version
-        table, desired = await self._fetch(table_key(version)), await self._fetch(desired_key(version))
-        memory = Memory()
-        try:
-            if desired is not None:
-                track.desired = desired_state.desired_from_json(desired)
-            if table is not None:
-                memory = memory_from_json(table)
-        except BadRecord as error:
-            logger.warning("starting without what a predecessor left: %s", error)
-        logger.info(
-            "weights=%d table version=%d desired version=%d", version, memory.table.version, track.desired.version
-        )
-        track.memory = memory
-
-    async def _fetch(self, key: bytes) -> bytes | None:
-        return await self._store_calls.call(lambda: self._store.get(key))
-
-    async def _observe(self) -> None:
-        """Read the records, point the probes at them. What cannot be read stays as it was seen last."""
-        now_s = self._clock()
-        observation = replace(self._observation, now_s=now_s)
-        try:
-            replicas = await self._store_calls.call(lambda: self._store.get_all(REPLICA_PREFIX))
-            routers = await self._store_calls.call(lambda: self._store.get_all(ROUTER_PREFIX))
-            observation = replace(
-                observation, replicas=_parse(replicas, ReplicaRecord), routers=_parse(routers, RouterRecord)
-            )
-            if self._listed_s is None or now_s - self._listed_s >= LIST_INTERVAL_S:
-                self._listed_s = now_s
-                existing_ids = await self._ray_calls.call(self._track.factory.list_existing)
-                node_ids = await self._ray_calls.call(self._track.factory.list_nodes)
-                if observation.existing_ids is None and self._track.plan is not None:
-                    self._events.add("control plane", "resume", "Ray's control service answers again")
-                observation = replace(observation, existing_ids=existing_ids, node_ids=node_ids)
-        except StoreUnavailable as error:
-            if observation.existing_ids is not None:
-                self._events.add("control plane", "pause", f"nothing is started or ended meanwhile: {error}")
-            observation = replace(observation, existing_ids=None)
-            # Asked again at the next turn.
-            self._listed_s = None
-        self._prober.set_targets(_get_endpoints(observation.replicas), _get_endpoints(observation.routers))
-        self._observation = replace(
-            observation,
-            replica_health=self._prober.replica_health,
-            router_reports=self._prober.router_reports,
-            drained=frozenset(target for target, task in self._drains.items() if task.done()),
-            draining=self._observation.draining,
-        )
-
     async def _act(self, track: Track, plan: Plan) -> None:
         for action in plan.actions:
             match action:
@@ -730,11 +574,11 @@ class ControllerLoop:
                 case CreateReplica(replica_id, node_id):
                     self._events.add(f"replica {replica_id}", "create", action.reason)
                     await self._ray_calls.call(functools.partial(track.factory.create_replica, replica_id, node_id))
-                    self._note_existing({replica_id}, set())
+                    self._observer.note_existing({replica_id}, set())
                 case CreateRouter(router_id):
                     self._events.add(f"router {router_id}", "create", action.reason)
                     await self._ray_calls.call(functools.partial(track.factory.create_router, router_id))
-                    self._note_existing({router_id}, set())
+                    self._observer.note_existing({router_id}, set())
                 case HostExperts(replica_id, _, hosted):
                     if self._hosting_calls.ask(replica_id, hosted):
                         self._events.add(f"replica {replica_id}", "host", action.reason)
@@ -746,24 +590,18 @@ class ControllerLoop:
                 case RemoveReplica(replica_id):
                     self._events.add(f"replica {replica_id}", "remove", action.reason)
                     await self._ray_calls.call(functools.partial(self._track.factory.kill, replica_id))
-                    await self._store_calls.call(functools.partial(self._store.delete, replica_key(replica_id)))
-                    self._note_existing(set(), {replica_id})
+                    await self._stored.delete(replica_key(replica_id))
+                    self._observer.note_existing(set(), {replica_id})
                     for target in [target for target in self._drains if target[0] == replica_id]:
                         del self._drains[target]
 
     async def _drain_replica(self, replica_id: str) -> None:
         """Ends in time whatever Ray does."""
         try:
-            async with asyncio.timeout(REPLICA_DRAIN_S + RAY_CALL_TIMEOUT_S):
+            async with asyncio.timeout(REPLICA_DRAIN_S + CALL_TIMEOUT_S):
                 await asyncio.to_thread(self._track.factory.drain_replica, replica_id, REPLICA_DRAIN_S)
         except Exception as error:
             logger.warning("drain failed replica_id=%s: %s", replica_id, error or type(error).__name__)
-
-    def _note_existing(self, added: set[str], removed: set[str]) -> None:
-        """What was just done shows before Ray is asked again."""
-        existing_ids = self._observation.existing_ids
-        if existing_ids is not None:
-            self._observation = replace(self._observation, existing_ids=(existing_ids | added) - removed)
 
     def _record_changes(self, track: Track, plan: Plan, observation: Observation) -> None:
         for kind, now, before in (
@@ -780,68 +618,8 @@ class ControllerLoop:
                     self._events.add(f"{kind} {actor_id}", status.state.value, status.message or _GOOD_REASON)
 
 
-class _CallThread:
-    """Runs blocking calls one at a time, each with a deadline; while one hangs, further ones fail at once.
-
-    The controller's turns and the admin API's requests call at the same time: they wait for each other.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._turn = asyncio.Lock()
-        # A call that did not answer in time and still runs.
-        self._hanging: asyncio.Future[Any] | None = None
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """Raises StoreUnavailable when there is no answer in time, or what function raises."""
-        async with self._turn:
-            if self._hanging is not None and not self._hanging.done():
-                raise StoreUnavailable(f"{self._name} still hangs in an earlier call")
-            future = asyncio.get_running_loop().run_in_executor(self._executor, function)
-            done, _ = await asyncio.wait([future], timeout=RAY_CALL_TIMEOUT_S)
-            if not done:
-                self._hanging = future
-                future.add_done_callback(_discard_outcome)
-                raise StoreUnavailable(f"{self._name} did not answer within {RAY_CALL_TIMEOUT_S:.0f} s")
-            return future.result()
-
-
-def _discard_outcome(future: asyncio.Future[Any]) -> None:
-    """A late error has been told as a timeout already."""
-    if not future.cancelled():
-        future.exception()
-
-
-def _parse(values: Mapping[bytes, bytes], record_type: type[RecordT]) -> dict[str, RecordT]:
-    records: dict[str, RecordT] = {}
-    for key, data in values.items():
-        try:
-            record = record_type.from_json(data)
-        except BadRecord as error:
-            logger.warning("ignoring the record %s: %s", key.decode(errors="replace"), error)
-            continue
-        records[record.actor_id] = record
-    return records
-
-
-def _get_endpoints(records: Mapping[str, ActorRecord]) -> dict[tuple[str, int], str]:
-    """Every start that listens, by (actor id, incarnation)."""
-    return {
-        (record.actor_id, record.incarnation): record.endpoint
-        for record in records.values()
-        if record.endpoint is not None
-    }
-
-
 def _describe_start(record: ActorRecord) -> str:
     place = f"process {record.pid} on {record.node}"
     if record.num_failed_starts == 0:
         return place
     return f"{place}, after {record.num_failed_starts} starts in a row that ended early"
-
-
-def _describe(table: ExpertTable) -> str:
-    return " ".join(
-        f"{group.name}={','.join(replica.replica_id for replica in group.replicas) or 'none'}" for group in table.groups
-    )

@@ -83,14 +83,20 @@ def make_report(table_version: int, connected_ids: Collection[str] = ("g0-0", "g
 
 
 class MemoryStore:
-    """A RecordStore in a dict; down makes every call fail."""
+    """A RecordStore in a dict; down makes every call fail, gets_left that get which comes after so many."""
 
     def __init__(self) -> None:
         self.values: dict[bytes, bytes] = {}
         self.down = False
+        self.gets_left: int | None = None
 
     def get(self, key: bytes) -> bytes | None:
         self._check()
+        if self.gets_left is not None:
+            self.gets_left -= 1
+            if self.gets_left < 0:
+                self.gets_left = None
+                raise StoreUnavailable("the store went away in the middle")
         return self.values.get(key)
 
     def get_all(self, prefix: bytes) -> Mapping[bytes, bytes]:

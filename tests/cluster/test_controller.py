@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import controller as controller_module
+from cluster import call_thread
 from cluster.autoscaler import AutoscaleRule, ReplicaLoad
 from cluster.controller import ControllerLoop
 from cluster.desired_state import desired_from_json
@@ -134,7 +134,7 @@ async def test_a_router_restarted_while_the_store_is_down_is_found_afterwards():
 
 
 async def test_a_call_into_ray_that_hangs_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(controller_module, "RAY_CALL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(call_thread, "CALL_TIMEOUT_S", 0.05)
     setting = Setting()
     released = threading.Event()
     monkeypatch.setattr(setting.factory, "list_existing", lambda: released.wait(10) and frozenset())

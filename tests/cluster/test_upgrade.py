@@ -13,7 +13,7 @@ import pytest
 
 from cluster.controller import ControllerLoop
 from cluster.desired_state import begin
-from cluster.errors import ChangeRefused
+from cluster.errors import ChangeRefused, StoreUnavailable
 from cluster.fleet import FleetView
 from cluster.records import RouterRecord, StartState, router_key
 from cluster.router_endpoints import RecordedEndpoints
@@ -180,6 +180,35 @@ async def test_a_controller_that_is_restarted_at_every_turn_ends_the_upgrade(fol
     assert (status["checkpoint"], status["ready"], status["settled"]) == (str(folders[1]), True, True)
     assert set(setting.store.values) >= {b"desired/2", b"table/2"}
     assert not {b"desired", b"table", b"router/r0"} & set(setting.store.values)
+
+
+async def test_a_controller_whose_store_goes_away_while_it_takes_over_takes_over_all_of_it(
+    folders: tuple[Path, Path],
+):
+    setting = Setting(folders[0])
+    setting.factory.changes[2] = {"state": StartState.STARTING}  # for ever
+    await setting.settle()
+    await setting.loop.upgrade(str(folders[1]), 100, 100)
+    await setting.turn()
+    status, num_gets = setting.loop.get_status(), 0
+    while True:
+        setting.loop = setting.make_loop()
+        setting.store.gets_left = num_gets
+        try:
+            await setting.loop.step()
+        except StoreUnavailable:
+            num_gets += 1
+            await setting.loop.step()
+        else:
+            break
+        before, status = status, setting.loop.get_status()
+        for now, then in ((status, before), (status["beside"], before["beside"])):
+            assert now["checkpoint"] == then["checkpoint"]
+            assert now["table_version"] >= then["table_version"] > 0
+        assert [event["action"] for event in setting.loop.get_events(0) if event["object"] == "controller"] == [
+            "start"
+        ] * num_gets
+    assert num_gets == 8  # events, upgrade, spec, rebalancing, and two of each weights
 
 
 async def test_weights_that_do_not_load_leave_everything_as_it_was(folders: tuple[Path, Path]):
