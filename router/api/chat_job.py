@@ -28,6 +28,7 @@ from router.api.errors import BadRequest, NotSupported
 from router.api.form_types import Tool
 from router.api.generation import Delta, FinishReason, SequencePlan, generate
 from router.api.logprobs import TokenEntry
+from router.api.thinking_budget import ThinkingBudget
 from router.api.usage import sum_cached_tokens
 from router.v1 import router_pb2
 
@@ -97,6 +98,10 @@ async def prepare_chat(context: ApiContext, body: ChatRequest, request_id: str) 
     max_tokens = context.limit_tokens(len(token_ids), body.token_limit, None, "messages")
     is_reasoning = is_reasoning_open(token_ids, context.marker_ids)
     grammar = await _bind(context, body, is_reasoning=is_reasoning)
+    thinking = None
+    if body.thinking_token_budget is not None and (end_id := context.marker_ids.get(THINK_END)) is not None:
+        begin_id = context.marker_ids.get(THINK_BEGIN)
+        thinking = ThinkingBudget(body.thinking_token_budget, begin_id, end_id, is_reasoning)
     seed = body.draw_seed()
     plans = [
         SequencePlan(
@@ -120,6 +125,7 @@ async def prepare_chat(context: ApiContext, body: ChatRequest, request_id: str) 
             echo=None,
             shares_prompt=index > 0,
             stand_ins=context.stand_ins.by_token_id,
+            thinking=thinking,
         )
         for index in range(body.num_choices)
     ]

@@ -118,6 +118,8 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: StrictBool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """none and minimal turn a switchable model's reasoning off, the others on."""
+    thinking_token_budget: Annotated[StrictInt, Field(ge=1, le=MAX_TOKEN_COUNT)] | None = None
+    """Most tokens of reasoning; None: as many as the answer may have. Nothing to a model without a marker for it."""
     chat_template: Any = None
     functions: Any = None
     function_call: Any = None

@@ -7,6 +7,7 @@ had happened. Only a router of the same weights may do so: no answer is made of 
 
 from __future__ import annotations
 
+from router.api.thinking_budget import ThinkingBudget, ThinkingMeter
 from router.v1 import router_pb2
 
 
@@ -21,7 +22,16 @@ class WeightsPin:
 class Continuation:
     """One sequence over all routers that work on it."""
 
-    def __init__(self, request: router_pb2.GenerateRequest, eos_token_ids: frozenset[int], pin: WeightsPin) -> None:
+    def __init__(
+        self,
+        request: router_pb2.GenerateRequest,
+        eos_token_ids: frozenset[int],
+        pin: WeightsPin,
+        thinking: ThinkingBudget | None = None,
+    ) -> None:
+        self.is_cut = False
+        """What this attempt would still bring is not wanted: the next one goes on behind a token put in."""
+        self._thinking = None if thinking is None else ThinkingMeter(thinking)
         self._request = request
         self._pin = pin
         self._end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_token_ids)
@@ -39,6 +49,7 @@ class Continuation:
 
     def begin_attempt(self) -> router_pb2.GenerateRequest:
         """The request for the next router: what goes on behind the tokens received."""
+        self.is_cut = False
         self._router_us.begin()
         self._expert_us.begin()
         self._num_left_out.begin()
@@ -73,6 +84,7 @@ class Continuation:
             self._num_to_skip -= num_dropped
             del response.prompt_tokens[:num_dropped]
         self._num_prompt_tokens += len(response.prompt_tokens)
+        self.is_cut = self._thinking is not None and self._thinking.cut_(response)
         self._token_ids.extend(token.token_id for token in response.tokens)
         if response.tokens and response.finish_reason == router_pb2.FINISH_REASON_UNSPECIFIED:
             self._finish_(response)

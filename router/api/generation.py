@@ -16,6 +16,7 @@ from router.api.detokenizer import Detokenizer, StopResult, StopStrings
 from router.api.logprobs import TokenEntry, read_token
 from router.api.request_use import get_current_use
 from router.api.router_client import RouterClient
+from router.api.thinking_budget import ThinkingBudget
 from router.api.tokenizer import TextTokenizer
 from router.v1 import router_pb2
 
@@ -39,6 +40,7 @@ class SequencePlan:
     """Whether it is a further choice for the prompt of the plan before: its prompt is counted there."""
     stand_ins: Mapping[int, str] = field(default_factory=dict[int, str])
     """Text by token id, for tokens that mean more than their text."""
+    thinking: ThinkingBudget | None = None
 
 
 class Delta(NamedTuple):
@@ -116,7 +118,7 @@ async def _generate_one(
     client: RouterClient, tokenizer: TextTokenizer, plan: SequencePlan
 ) -> AsyncGenerator[Delta, None]:
     assembler = _Assembler(tokenizer, plan)
-    async with aclosing(client.generate(plan.request)) as responses:
+    async with aclosing(client.generate(plan.request, plan.thinking)) as responses:
         async for response in responses:
             for delta in assembler.push(response):
                 yield delta

@@ -137,7 +137,7 @@ class MessagesToolChoice(StrictModel):
 class Thinking(StrictModel):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKEN_COUNT)] | None = None
-    """Accepted and not kept to: max_tokens bounds reasoning and answer together."""
+    """Most tokens of thinking."""
 
 
 class CountTokensRequest(StrictModel):
@@ -159,6 +159,7 @@ class CountTokensRequest(StrictModel):
                 tool_choice=None if choice is None else _translate_choice(choice),
                 parallel_tool_calls=not (choice is not None and choice.disable_parallel_tool_use),
                 reasoning_effort=None if self.thinking is None else _EFFORTS[self.thinking.type],
+                thinking_token_budget=None if self.thinking is None else self.thinking.budget_tokens,
                 **fields,
             )
         except ValidationError as error:

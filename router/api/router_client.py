@@ -28,6 +28,7 @@ from router.api.router_choice import Candidate, PrefixDirectory, choose_router, 
 from router.api.router_link import RouterLink, RouterSilent
 from router.api.sequence_observation import SequenceObservation
 from router.api.settings import ApiSettings
+from router.api.thinking_budget import ThinkingBudget
 from router.cancellation import is_task_cancelled
 from router.v1 import router_pb2
 
@@ -88,8 +89,11 @@ class RouterClient:
         self._refreshed_at_s: float | None = None
         self._refresh_task: asyncio.Task[None] | None = None
 
-    async def generate(self, request: router_pb2.GenerateRequest) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
-        """Yield the responses for one sequence up to and including the one with finish_reason.
+    async def generate(
+        self, request: router_pb2.GenerateRequest, thinking: ThinkingBudget | None = None
+    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
+        """Yield the responses for one sequence up to and including the one with finish_reason. thinking: None: no
+        limit.
 
         Close the generator (aclosing) to cancel the work. Raises ApiError.
         """
@@ -100,7 +104,7 @@ class RouterClient:
             request.traceparent = span.traceparent
         try:
             pin = WeightsPin() if scope is None else scope.weights
-            async with aclosing(self._generate(request, pin)) as responses:
+            async with aclosing(self._generate(request, pin, thinking)) as responses:
                 async for response in responses:
                     observation.note(response)
                     yield response
@@ -125,11 +129,11 @@ class RouterClient:
                 span.end()
 
     async def _generate(
-        self, request: router_pb2.GenerateRequest, pin: WeightsPin
+        self, request: router_pb2.GenerateRequest, pin: WeightsPin, thinking: ThinkingBudget | None
     ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
         now_s = asyncio.get_running_loop().time
         deadline_s = now_s() + self._settings.request_timeout_s
-        continuation = Continuation(request, self._eos_token_ids, pin)
+        continuation = Continuation(request, self._eos_token_ids, pin, thinking)
         attempts = Attempts(self._settings.router_wait_s)
         while True:
             router = await self._pick(request, attempts.tried, pin.version)
@@ -151,6 +155,10 @@ class RouterClient:
                         yield response
                         if response.finish_reason != router_pb2.FINISH_REASON_UNSPECIFIED:
                             return
+                        if continuation.is_cut:
+                            break
+                if continuation.is_cut:
+                    continue
                 failure = Failure(FailureKind.REFUSED, reason, now_s())
             except RouterSilent as error:
                 failure = Failure(FailureKind.LOST, str(error), router.silent_since_s or now_s())

@@ -27,7 +27,7 @@ from router.grammar import Grammar, GrammarState
 from router.llguidance_grammars import LlguidanceCompiler
 from tests.router_api.api_server import ApiServer
 from tests.router_api.conftest import MODEL
-from tests.router_api.scripted_router import ScriptedRouter, answer, fail
+from tests.router_api.scripted_router import ScriptedRouter, answer, fail, in_turn
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 WEATHER: dict[str, Any] = {
@@ -300,6 +300,37 @@ def claude(api: ApiServer) -> Any:
 
 
 CLAUDE_TOOLS: list[Any] = [{"name": "get_weather", "description": "x", "input_schema": WEATHER["parameters"]}]
+
+
+def test_a_thinking_budget(
+    client: openai.OpenAI, claude: anthropic.Anthropic, router: ScriptedRouter, tokenizer: TextTokenizer
+) -> None:
+    """By either API; the router is asked again behind the marker, and usage counts what the client got."""
+    begin, end = ids_of(tokenizer, "<think>")[0], ids_of(tokenizer, "</think>")[0]
+    thought, rest = ids_of(tokenizer, "hello hello hello hello"), ids_of(tokenizer, "yes")
+    budget = len(thought) - 2
+
+    def play() -> Any:
+        return in_turn(answer([begin, *thought, end, *rest], per_response=4, stop_id=1), answer(rest, stop_id=1))
+
+    router.script = play()
+    completion = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, extra_body={"thinking_token_budget": budget}
+    )
+    message, usage = completion.choices[0].message, completion.usage
+    assert message.content == "yes"
+    assert (
+        getattr(message, "reasoning_content", None)
+        == tokenizer.decode(thought[:budget], skip_special_tokens=True).strip()
+    )
+    assert usage is not None and usage.completion_tokens == budget + 2 + len(rest) + 1
+    first, second = router.requests
+    assert list(second.prompt_token_ids) == [*first.prompt_token_ids, begin, *thought[:budget], end]
+    router.script = play()
+    thinking: Any = {"type": "enabled", "budget_tokens": budget}
+    sent = claude.messages.create(model=MODEL, max_tokens=100, messages=MESSAGES, thinking=thinking)
+    assert [block.type for block in sent.content] == ["thinking", "text"]
+    assert len(router.requests) == 4
 
 
 def test_messages(claude: anthropic.Anthropic, router: ScriptedRouter, tokenizer: TextTokenizer) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from router.api.continuation import Continuation, WeightsPin
+from router.api.thinking_budget import ThinkingBudget
 from router.v1 import router_pb2
 
 EOS = 1
+THINK, ANSWER = 2, 3
 
 
 def response(*token_ids: int, **fields: Any) -> router_pb2.GenerateResponse:
@@ -103,3 +105,67 @@ def test_the_choices_of_a_request_are_of_the_same_weights() -> None:
     assert second.is_foreign(response(60, weights_version=2))
     assert second.begin_attempt().weights_version == 1
     assert first.begin_attempt().weights_version == 1
+
+
+def think(num_tokens: int, *, is_open: bool = True, **fields: Any) -> Continuation:
+    request = router_pb2.GenerateRequest(**{"prompt_token_ids": [5, 6], "max_tokens": 8, **fields})
+    budget = ThinkingBudget(num_tokens, THINK, ANSWER, is_open)
+    return Continuation(request, frozenset({EOS}), WeightsPin(), budget)
+
+
+def get_ids(response: router_pb2.GenerateResponse) -> list[int]:
+    return [token.token_id for token in response.tokens]
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_reasoning_ends_where_its_budget_does_and_the_answer_begins(is_open: bool) -> None:
+    continuation = think(3, is_open=is_open)
+    continuation.begin_attempt()
+    before = [] if is_open else [THINK]
+    first, last = response(*before, 50), response(51, 52, 53, 54)
+    last.tokens[1].logprob = -1.5
+    continuation.note_(first)
+    assert not continuation.is_cut
+    continuation.note_(last)
+    assert continuation.is_cut and get_ids(last) == [51, 52, ANSWER]
+    assert last.tokens[2].logprob == 0.0 and last.finish_reason == router_pb2.FINISH_REASON_UNSPECIFIED
+    request = continuation.begin_attempt()
+    assert list(request.prompt_token_ids) == [5, 6, *before, 50, 51, 52, ANSWER]
+    assert (request.num_answer_tokens, request.max_tokens) == (len(before) + 4, 4 - len(before))
+    # What follows is as long as it likes.
+    assert not continuation.is_cut
+    continuation.note_(rest := response(60, 61, 62))
+    assert not continuation.is_cut and get_ids(rest) == [60, 61, 62]
+
+
+@pytest.mark.parametrize(
+    ("received", "reason"),
+    [
+        (response(50, 51, ANSWER, 60, 61, 62), router_pb2.FINISH_REASON_UNSPECIFIED),
+        (response(50, 51, EOS, finish_reason=router_pb2.FINISH_REASON_STOP), router_pb2.FINISH_REASON_STOP),
+        (response(50, 51, 52, finish_reason=router_pb2.FINISH_REASON_LENGTH), router_pb2.FINISH_REASON_LENGTH),
+    ],
+    ids=["it ends in time", "the model ends there", "the answer ends there"],
+)
+def test_reasoning_within_its_budget_is_left_alone(received: router_pb2.GenerateResponse, reason: int) -> None:
+    continuation = think(3)
+    continuation.begin_attempt()
+    ids = get_ids(received)
+    continuation.note_(received)
+    assert (continuation.is_cut, get_ids(received), received.finish_reason) == (False, ids, reason)
+
+
+def test_an_answer_without_room_behind_its_reasoning_ends_with_the_marker() -> None:
+    continuation = think(3, max_tokens=4)
+    continuation.begin_attempt()
+    continuation.note_(last := response(50, 51, 52, 53, finish_reason=router_pb2.FINISH_REASON_LENGTH))
+    assert (get_ids(last), last.finish_reason) == ([50, 51, 52, ANSWER], router_pb2.FINISH_REASON_LENGTH)
+
+
+def test_a_budget_counts_over_all_routers() -> None:
+    continuation = think(3)
+    continuation.begin_attempt()
+    continuation.note_(response(50, 51))
+    assert continuation.begin_attempt().max_tokens == 6  # the first was lost
+    continuation.note_(again := response(52, 53))
+    assert continuation.is_cut and get_ids(again) == [52, ANSWER]
