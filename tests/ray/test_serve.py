@@ -110,7 +110,7 @@ def test_every_process_logs_json_with_request_ids_and_without_prompts(serve: Ser
 
     wait_for(lambda: find_loggers() >= {"router.api.edge", "router.service"}, 10)
     loggers = {line["logger"] for line in read_lines()}
-    assert loggers >= {"cluster.serve_command", "cluster.controller", "experts.load_progress"}
+    assert loggers >= {"cluster.serve_command", "cluster.stored_state", "experts.load_progress"}
     [request] = [
         line for line in read_lines() if line["logger"] == "router.api.edge" and line["request_id"] == request_id
     ]
