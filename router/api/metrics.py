@@ -1,4 +1,7 @@
-"""GET /metrics: what this front counted, and what the routers say, for Prometheus."""
+"""GET /metrics: what this front counted, and what the routers say, for Prometheus.
+
+Whoever shows the admin token sees all of it, and a team, of what is told by team, what is its own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from starlette.responses import Response
 
 from router.api.context import ApiContext, get_context
+from router.api.request_use import get_current_use
 from router.api.router_metrics import build_router_metrics
 from router.api.vllm_metrics import add_vllm_names
 
@@ -19,12 +23,13 @@ routes = APIRouter()
 
 @routes.get("/metrics")
 async def get_metrics(request: Request) -> Response:
-    families = await collect_metrics(get_context(request))
+    families = await collect_metrics(get_context(request), get_current_use().only_team)
     return Response(generate_latest(_Families(families)), media_type=CONTENT_TYPE_PLAIN_0_0_4)  # pyright: ignore[reportArgumentType]
 
 
-async def collect_metrics(context: ApiContext) -> Sequence[Metric]:
-    """Routers that do not answer within status_timeout_s are said to be down; nothing else waits for them."""
+async def collect_metrics(context: ApiContext, only_team: str | None) -> Sequence[Metric]:
+    """Routers that do not answer within status_timeout_s are said to be down; nothing else waits for them. only_team:
+    leaves out the other teams' samples, also where their names would not show; None: all."""
     statuses = await context.statuses.get()
     families = [
         *context.metrics.registry.collect(),
@@ -34,7 +39,15 @@ async def collect_metrics(context: ApiContext) -> Sequence[Metric]:
             context.settings.max_step_s,
         ),
     ]
+    if only_team is not None:
+        families = [_leave_out_others(family, only_team) for family in families]
     return add_vllm_names(families) if context.settings.metrics_compat == "vllm" else families
+
+
+def _leave_out_others(family: Metric, team: str) -> Metric:
+    kept = Metric(family.name, family.documentation, family.type)
+    kept.samples = [sample for sample in family.samples if sample.labels.get("team", team) == team]
+    return kept
 
 
 class _Families:

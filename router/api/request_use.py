@@ -16,7 +16,7 @@ from typing import Protocol
 from router.api.errors import NotAllowed, RateLimited, Unavailable
 from router.tenancy.errors import JournalFull
 from router.tenancy.journal import JournalEntry, UsageJournal
-from router.tenancy.key_ring import Account
+from router.tenancy.key_ring import ANONYMOUS, Account
 from router.tenancy.limits import LimitBook
 from router.tenancy.priority import PriorityClass, choose_default
 from router.tenancy.usage import Outcome
@@ -77,6 +77,11 @@ class RequestUse:
         if priority is not None:
             self.set_priority(priority)
         self._model = ""
+
+    @property
+    def only_team(self) -> str | None:
+        """The one whose figures the asker may see; None: all, as the administrator, or where there are no keys."""
+        return None if self.account is ANONYMOUS else self.account.team
 
     def set_priority(self, priority: PriorityClass, param: str | None = None) -> None:
         """param: the field that asks for it. Raises NotAllowed if the key may not have it."""

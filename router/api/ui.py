@@ -21,7 +21,6 @@ from router.api.errors import BadRequest, NotFound, Unavailable
 from router.api.request_use import get_current_use
 from router.api.status_page import build_page
 from router.api.version import find_version
-from router.tenancy.key_ring import ANONYMOUS
 
 routes = APIRouter()
 
@@ -66,7 +65,7 @@ async def get_state(request: Request) -> Response:
         statuses={status.endpoint: status.status for status in statuses},
         cluster=cluster,
         max_step_s=context.settings.max_step_s,
-        only_team=_find_only_team(),
+        only_team=get_current_use().only_team,
     )
     return _send_json(page)
 
@@ -89,12 +88,6 @@ async def get_experts(request: Request) -> Response:
     if load is None:
         raise _no_controller(request)
     return _send_json(load)
-
-
-def _find_only_team() -> str | None:
-    """The one whose queue the asker may see; None: all, as the administrator, or where there are no keys."""
-    account = get_current_use().account
-    return None if account is ANONYMOUS else account.team
 
 
 def _no_controller(request: Request) -> Unavailable:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from router.api.viewer import derive_viewer_token, is_admin
 from router.tenancy.key_file import make_key, new_key_file, save_key_file
 from router.v1 import router_pb2
 from tests.browser import Page, open_page
+from tests.metrics_text import Scrape
 from tests.router_api.api_server import ApiServer
 from tests.router_api.conftest import MODEL
 from tests.router_api.scripted_router import ScriptedRouter, answer
@@ -185,23 +186,66 @@ def test_state_joins_what_controller_and_routers_say(http: httpx.Client):
     assert page["teams"][0] == {"team": "search", "num_running": 4, "num_waiting": 1}
 
 
-def test_a_team_sees_its_own_queue_and_the_administrator_all(
-    settings: ApiSettings, scripted: ScriptedRouter, cluster: ScriptedCluster, tmp_path: Path
-):
-    file, key = make_key(new_key_file(), "support", datetime.now(UTC))
-    save_key_file(tmp_path / "keys.json", file)
-    keyed = replace(settings, keys_file=tmp_path / "keys.json", viewer_token=derive_viewer_token("admin"))
-    server = ApiServer(keyed, StaticEndpoints([scripted.endpoint]), cluster)
+@dataclass(frozen=True)
+class Keyed:
+    """A front with keys of two teams, which each have had one answer, beside a controller."""
 
+    server: ApiServer
+    keys: Mapping[str, str]
+
+    def get(self, path: str, token: str) -> httpx.Response:
+        return httpx.get(f"{self.server.url}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def keyed(
+    settings: ApiSettings, scripted: ScriptedRouter, cluster: ScriptedCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Keyed]:
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    file, search = make_key(new_key_file(), "search", datetime.now(UTC))
+    file, support = make_key(file, "support", datetime.now(UTC))
+    save_key_file(path, file)
+    with_keys = replace(settings, keys_file=path, viewer_token=derive_viewer_token("admin"), metrics_compat="vllm")
+    keyed = Keyed(
+        ApiServer(with_keys, StaticEndpoints([scripted.endpoint]), cluster),
+        {"search": search.text, "support": support.text},
+    )
+    for key in keyed.keys.values():
+        answered = httpx.post(
+            f"{keyed.server.url}/v1/completions",
+            json={"model": MODEL, "prompt": [5, 6], "max_tokens": 2},
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=10,
+        )
+        assert answered.status_code == 200
+    yield keyed
+    keyed.server.stop()
+
+
+def test_a_team_sees_its_own_queue_and_the_administrator_all(keyed: Keyed):
     def list_teams(token: str) -> list[str]:
-        answered = httpx.get(f"{server.url}/ui/state", headers={"Authorization": f"Bearer {token}"}, timeout=10)
-        return [team["team"] for team in answered.json()["teams"]]
+        return [team["team"] for team in keyed.get("/ui/state", token).json()["teams"]]
 
-    try:
-        assert list_teams(key.text) == ["support"]
-        assert list_teams("admin") == ["search", "support"]
-    finally:
-        server.stop()
+    assert list_teams(keyed.keys["support"]) == ["support"]
+    assert list_teams("admin") == ["search", "support"]
+
+
+def test_metrics_tell_a_team_its_own_figures_and_the_administrator_all(keyed: Keyed):
+    def scrape(token: str) -> Scrape:
+        return Scrape.parse(keyed.get("/metrics", token).text)
+
+    all_, own = scrape("admin"), scrape(keyed.keys["support"])
+    assert {sample.labels["team"] for sample in all_.samples if "team" in sample.labels} == {"search", "support"}
+    assert {sample.labels["team"] for sample in own.samples if "team" in sample.labels} == {"support"}
+    assert "search" not in keyed.get("/metrics", keyed.keys["support"]).text
+    assert own.get("shoal_team_requests_waiting", router="r0") == 2
+    # Nor as a part of a sum.
+    assert all_.get("vllm:request_success_total", finished_reason="length") == 2
+    assert own.get("vllm:request_success_total", finished_reason="length") == 1
+    # What is not told by team is told to everybody who has a key.
+    assert own.get("shoal_num_requests_running", router="r0") == 5
+    assert {*own.types} == {*all_.types}
+    assert keyed.get("/metrics", "nobody's").status_code == 401
 
 
 def test_events_come_after_the_last_one_seen(http: httpx.Client):
