@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cluster.record_store import RecordStore
 from cluster.records import SPEC_KEY
 from cluster.spec import spec_from_json
+from experts.allocator import return_freed_memory
 from experts.logs import set_up_logging
 from router.api.settings import ApiSettings
 
@@ -34,6 +35,7 @@ def build_application(settings: ApiSettings) -> Application:
     from ray.serve.schema import LoggingConfig
 
     def build() -> FastAPI:
+        return_freed_memory()
         set_up_logging(log_format=settings.log_format, replaces=True)
         from cluster.admin_source import AdminSource
         from cluster.record_store import RayRecordStore

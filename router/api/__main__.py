@@ -17,6 +17,7 @@ from typing import get_args
 
 import uvicorn
 
+from experts.allocator import return_freed_memory
 from experts.errors import ExpertsError
 from experts.logs import LOG_FORMATS, set_up_logging
 from experts.served_certificate import ServedCertificate
@@ -35,6 +36,7 @@ _KEEP_ALIVE_S = 75
 
 
 def main() -> int:
+    return_freed_memory()
     arguments = _parse_arguments()
     set_up_logging(log_format=arguments.log_format)
     settings = ApiSettings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from router.api.answer_parser import CallArguments, CallStart, Content, Event, Reasoning
 from router.api.chat_job import ChatAnswer, ChatJob, ChatUsage, collect_chat, prepare_chat, run_chat
 from router.api.chat_types import ChatRequest
-from router.api.connection import encode_json, open_stream, until_gone
+from router.api.connection import encode_json, encode_with_items, open_stream, until_gone
 from router.api.context import ApiContext, get_context
 from router.api.generation import FinishReason, mark_left_out
 from router.api.logprobs import chat_logprobs
@@ -49,10 +49,9 @@ def _make_usage(job: ChatJob, usage: ChatUsage) -> dict[str, Any]:
 async def _collect(context: ApiContext, job: ChatJob) -> Response:
     answers, usage = await collect_chat(context, job)
 
-    def build() -> dict[str, Any]:
-        return {
-            **_make_envelope(job, "chat.completion"),
-            "choices": [
+    def encode_choices() -> Iterator[bytes]:
+        for index, answer in enumerate(answers):
+            yield encode_json(
                 {
                     "index": index,
                     "message": _format_message(answer, context.settings.reasoning_field),
@@ -60,13 +59,14 @@ async def _collect(context: ApiContext, job: ChatJob) -> Response:
                     "finish_reason": answer.finish_reason,
                     **mark_left_out(answer.num_left_out),
                 }
-                for index, answer in enumerate(answers)
-            ],
-            "usage": _make_usage(job, usage),
-        }
+            )
+
+    def build() -> bytes:
+        envelope = _make_envelope(job, "chat.completion")
+        return encode_with_items(envelope, "choices", encode_choices(), {"usage": _make_usage(job, usage)})
 
     num_logprobs = usage.completion_tokens if job.body.logprobs else 0
-    return Response(await context.build_json(build, num_tokens=num_logprobs), media_type="application/json")
+    return Response(await context.build_body(build, num_tokens=num_logprobs), media_type="application/json")
 
 
 def _format_message(answer: ChatAnswer, reasoning_field: ReasoningField) -> dict[str, Any]:

@@ -70,8 +70,6 @@ async def encode_chat(
     template = context.chat_template
     if template is None:
         raise NotSupported("This model has no chat template; use /v1/completions.")
-    if len(messages) > context.settings.max_messages:
-        raise BadRequest(f"messages: at most {context.settings.max_messages} are accepted.", param="messages")
     return await context.run_in_thread(
         lambda: template.encode(messages, add_generation_prompt=add_generation_prompt, switches=switches, tools=tools)
     )

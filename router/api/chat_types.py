@@ -19,6 +19,7 @@ from router.api.fields import (
 from router.api.form_types import NamedTool, ResponseFormat, StructuredOutputs, Tool, ToolChoice, check_tool_choice
 from router.api.sampling_types import SamplingFields
 
+MAX_MESSAGES = 4096
 _MAX_PARTS = 1024
 _MAX_TOOL_CALLS = 128
 MAX_TOOLS = 128
@@ -101,8 +102,12 @@ def _check_template_switches(value: Any) -> dict[str, bool]:
 TemplateSwitches = Annotated[dict[str, bool], BeforeValidator(_check_template_switches)]
 
 
+# One error is enough: an error of each of a million messages took a gigabyte and half a minute.
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKEN_COUNT)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKEN_COUNT)] | None = None
     """The newer name of max_tokens, which it overrides."""

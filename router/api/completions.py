@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from router.api.answer_form import bind_text
 from router.api.completions_types import DEFAULT_MAX_TOKENS, CompletionRequest
-from router.api.connection import encode_json, open_stream, until_gone
+from router.api.connection import encode_json, encode_with_items, open_stream, until_gone
 from router.api.context import ApiContext, get_context
 from router.api.errors import BadRequest
 from router.api.generation import Delta, FinishReason, SequencePlan, generate, mark_left_out
@@ -23,6 +23,9 @@ from router.api.usage import make_usage, sum_cached_tokens
 from router.v1 import router_pb2
 
 routes = APIRouter()
+
+# About 300 bytes each until they are sent: three for each token of the longest published context.
+_MAX_PROMPT_LOGPROBS = 2**19
 
 
 @routes.post("/v1/completions")
@@ -80,6 +83,8 @@ async def _prepare(context: ApiContext, body: CompletionRequest, model: str, req
             raise BadRequest("prompt: must have at least one token.", param="prompt")
         num_prompt_tokens += len(token_ids)
         max_tokens = context.limit_tokens(len(token_ids), body.token_limit, DEFAULT_MAX_TOKENS, "prompt")
+        if body.echo and body.logprobs is not None:
+            _check_num_logprobs(num_prompt_tokens * body.num_choices * (body.logprobs + 1))
         echo = None
         if body.echo:
             echo = (
@@ -117,6 +122,15 @@ async def _prepare(context: ApiContext, body: CompletionRequest, model: str, req
     return _Job(f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, body, plans, num_prompt_tokens)
 
 
+def _check_num_logprobs(number: int) -> None:
+    if number > _MAX_PROMPT_LOGPROBS:
+        raise BadRequest(
+            f"A request may ask for at most {_MAX_PROMPT_LOGPROBS} log probabilities of its prompts (tokens times "
+            "logprobs + 1).",
+            param="logprobs",
+        )
+
+
 @dataclass(slots=True)
 class _Choice:
     """A choice as it grows, for an answer in one piece."""
@@ -145,23 +159,22 @@ async def _collect(context: ApiContext, job: _Job) -> Response:
         async for delta in deltas:
             choices[delta.index].add(delta)
 
-    def build() -> dict[str, Any]:
-        return {
-            **job.envelope(),
-            "choices": [
-                _format_choice(context, job, choice.index, choice.text, choice.tokens, choice.finish_reason)
-                | mark_left_out(choice.num_left_out)
-                for choice in choices
-            ],
-            "usage": make_usage(
-                job.num_prompt_tokens,
-                sum(choice.num_tokens for choice in choices),
-                sum_cached_tokens({choice.index: choice.cached_tokens for choice in choices}, job.body.num_choices),
-            ),
-        }
+    usage = make_usage(
+        job.num_prompt_tokens,
+        sum(choice.num_tokens for choice in choices),
+        sum_cached_tokens({choice.index: choice.cached_tokens for choice in choices}, job.body.num_choices),
+    )
+
+    def encode_choices() -> Iterator[bytes]:
+        for choice in choices:
+            formatted = _format_choice(context, job, choice.index, choice.text, choice.tokens, choice.finish_reason)
+            yield encode_json(formatted | mark_left_out(choice.num_left_out))
+
+    def build() -> bytes:
+        return encode_with_items(job.envelope(), "choices", encode_choices(), {"usage": usage})
 
     num_logprobs = 0 if job.body.logprobs is None else sum(len(choice.tokens) for choice in choices)
-    return Response(await context.build_json(build, num_tokens=num_logprobs), media_type="application/json")
+    return Response(await context.build_body(build, num_tokens=num_logprobs), media_type="application/json")
 
 
 async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]:
@@ -178,7 +191,8 @@ async def _stream(context: ApiContext, job: _Job) -> AsyncGenerator[bytes, None]
                 choice |= mark_left_out(delta.num_left_out)
             return {**envelope, "choices": [choice]}
 
-        return await context.build_json(build, num_tokens=0 if job.body.logprobs is None else len(entries))
+        num_tokens = 0 if job.body.logprobs is None else len(entries)
+        return await context.build_body(lambda: encode_json(build()), num_tokens=num_tokens)
 
     async with aclosing(generate(context.routers, context.tokenizer, job.plans)) as deltas:
         async for delta in deltas:

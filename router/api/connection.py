@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request
@@ -35,6 +35,14 @@ class StreamFormat(NamedTuple):
 
 def encode_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+
+
+def encode_with_items(head: Mapping[str, Any], name: str, items: Iterable[bytes], tail: Mapping[str, Any]) -> bytes:
+    """An object with the fields of head, a list called name of items that are encoded one by one, so that no more than
+    one of them needs be there decoded, and the fields of tail. Neither head nor tail is empty."""
+    return b"".join(
+        [encode_json(head)[:-1], b',"', name.encode(), b'":[', b",".join(items), b"],", encode_json(tail)[1:]]
+    )
 
 
 def encode_event(value: dict[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from fastapi import Request
 
@@ -15,11 +15,10 @@ from router.api.answer_parser import ANSWER_MARKERS, StandIns
 from router.api.api_metrics import ApiMetrics
 from router.api.chat_template import ChatTemplate
 from router.api.cluster_source import ClusterSource
-from router.api.connection import encode_json
 from router.api.errors import BadRequest, ContextLengthExceeded, ModelNotFound
 from router.api.fields import RequestT, parse_request
 from router.api.grammar_check import GrammarChecker
-from router.api.json_body import read_json
+from router.api.json_body import decode_json, read_body
 from router.api.request_use import get_current_use
 from router.api.router_client import RouterClient, RouterEndpoints
 from router.api.sampling_defaults import SamplingDefaults
@@ -31,6 +30,8 @@ from router.tracing import Tracer
 
 ResultT = TypeVar("ResultT")
 
+# Bodies up to here are decoded and checked on the event loop, in about a millisecond.
+_INLINE_BYTES = 64 * 1024
 # Text up to here is tokenised on the event loop, in less than a millisecond.
 _INLINE_CHARACTERS = 2048
 # Answers with more log probabilities than this are formatted by a thread.
@@ -50,7 +51,7 @@ class ApiContext:
         self.vocab_size = config.vocab_size
         self.created_at_s = int(time.time())
         self.sampling_defaults = SamplingDefaults.from_checkpoint(settings.checkpoint)
-        self.tokenizer = TextTokenizer(settings.checkpoint)
+        self.tokenizer = TextTokenizer(settings.checkpoint, self.max_model_len)
         self.chat_template = ChatTemplate.from_checkpoint(settings.checkpoint, self.tokenizer)
         self.stand_ins = StandIns(
             {marker: token_id for marker, token_id in self.marker_ids.items() if marker in ANSWER_MARKERS}
@@ -72,15 +73,15 @@ class ApiContext:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def parse(self, request_type: type[RequestT], request: Request) -> RequestT:
-        """The checked body. Raises what json_body.read_json raises, and BadRequest."""
-        body = await read_json(
-            request,
-            max_bytes=self.settings.max_body_bytes,
-            timeout_s=self.settings.body_timeout_s,
-            executor=self._threads,
-            names=request_type.model_fields,
-        )
-        return parse_request(request_type, body, forbids_unknown=self.settings.strict_fields)
+        """The checked body. Raises what json_body.read_body raises, and BadRequest."""
+        body = await read_body(request, max_bytes=self.settings.max_body_bytes, timeout_s=self.settings.body_timeout_s)
+
+        def check() -> RequestT:
+            decoded = decode_json(body, request_type.model_fields)
+            return parse_request(request_type, decoded, forbids_unknown=self.settings.strict_fields)
+
+        # In one go, so that what was decoded, many times the body's size, is gone before anything waits.
+        return check() if len(body) <= _INLINE_BYTES else await self.run_in_thread(check)
 
     @property
     def marker_ids(self) -> Mapping[str, int]:
@@ -106,6 +107,8 @@ class ApiContext:
             get_current_use().set_priority(classify(number), "priority")
 
     async def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each. Raises ContextLengthExceeded."""
+
         def encode() -> list[list[int]]:
             return [self.tokenizer.encode_raw(text, add_special_tokens=add_special_tokens) for text in texts]
 
@@ -133,11 +136,9 @@ class ApiContext:
             return asked
         return room if default is None else min(default, room)
 
-    async def build_json(self, build: Callable[[], Any], *, num_tokens: int) -> bytes:
-        """Encode what build returns. num_tokens: how many log probabilities it has to format."""
-        if num_tokens <= _INLINE_TOKENS:
-            return encode_json(build())
-        return await self.run_in_thread(lambda: encode_json(build()))
+    async def build_body(self, build: Callable[[], bytes], *, num_tokens: int) -> bytes:
+        """What build returns. num_tokens: how many of them, or of their log probabilities, it has to format."""
+        return build() if num_tokens <= _INLINE_TOKENS else await self.run_in_thread(build)
 
 
 def get_context(request: Request) -> ApiContext:

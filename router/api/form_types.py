@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, PlainValidator, StrictBool, StrictSt
 
 from router.api.fields import StrictModel, Text, UnsupportedField, WrongField, check_text
 
+# Of a grammar's text: generous for schemas that people write, small enough to compile within the time.
+MAX_GRAMMAR_BYTES = 256 * 1024
 # Deeper schemas are not written by people, and recursion is what breaks compilers.
 _MAX_SCHEMA_DEPTH = 64
 _MAX_CHOICES = 256
@@ -16,14 +18,19 @@ _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def check_schema(value: Any) -> dict[str, Any] | None:
-    """A JSON schema as an object. Raises ValueError if it is none, is too deep or has text that no encoder takes."""
+    """A JSON schema as an object. Raises ValueError if it is none, too deep or too large, or has text that no encoder
+    takes."""
     if value is None:
         return None
     if not isinstance(value, dict):
         raise ValueError("must be a JSON schema, an object")
     pending: list[tuple[Any, int]] = [(value, 1)]
+    num_characters = 0  # at least so many
     while pending:
         part, depth = pending.pop()
+        num_characters += len(part) if isinstance(part, str) else 1
+        if num_characters > MAX_GRAMMAR_BYTES:
+            raise ValueError(f"must not have more than {MAX_GRAMMAR_BYTES} bytes as JSON")
         if isinstance(part, str):
             check_text(part)
         elif isinstance(part, dict | list):

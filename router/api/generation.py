@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from router.api.detokenizer import Detokenizer, StopResult, StopStrings
 from router.api.logprobs import TokenEntry, read_token
+from router.api.prompt_backlog import PromptBacklog
 from router.api.request_use import get_current_use
 from router.api.router_client import RouterClient
 from router.api.thinking_budget import ThinkingBudget
@@ -87,7 +88,8 @@ async def _generate_all(
         return
     # Bounded, so that a client that reads slowly slows the routers' streams instead of filling memory.
     queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(maxsize=2 * len(plans))
-    pumps = [asyncio.create_task(_pump(_generate_one(client, tokenizer, plan), queue)) for plan in plans]
+    backlog = PromptBacklog()
+    pumps = [asyncio.create_task(_pump(client, tokenizer, plan, backlog, queue)) for plan in plans]
     try:
         num_running = len(pumps)
         while num_running > 0:
@@ -104,11 +106,22 @@ async def _generate_all(
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def _pump(deltas: AsyncGenerator[Delta, None], queue: asyncio.Queue[Delta | Exception | None]) -> None:
+async def _pump(
+    client: RouterClient,
+    tokenizer: TextTokenizer,
+    plan: SequencePlan,
+    backlog: PromptBacklog,
+    queue: asyncio.Queue[Delta | Exception | None],
+) -> None:
     try:
-        async with aclosing(deltas):
-            async for delta in deltas:
-                await queue.put(delta)
+        leave = await backlog.enter(len(plan.request.prompt_token_ids))
+        try:
+            async with aclosing(_generate_one(client, tokenizer, plan)) as deltas:
+                async for delta in deltas:
+                    leave()
+                    await queue.put(delta)
+        finally:
+            leave()
         await queue.put(None)
     except Exception as error:  # Handed to the consumer, which raises it.
         await queue.put(error)

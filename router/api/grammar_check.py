@@ -16,12 +16,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 from router.api.errors import BadRequest, Overloaded
+from router.api.form_types import MAX_GRAMMAR_BYTES
 from router.v1 import router_pb2
 
 logger = logging.getLogger(__name__)
 
-# Of a grammar's text: generous for schemas that people write, small enough to compile within the time.
-MAX_GRAMMAR_BYTES = 256 * 1024
 # Longest time for one grammar, on however busy a machine; a new process may take longer to load its tokenizer.
 TIMEOUT_S = 5.0
 START_TIMEOUT_S = 20.0

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, StrictBool, StrictInt, ValidationError, model_validator
 
 from router.api.chat_types import (
+    MAX_MESSAGES,
     MAX_TOOLS,
     ChatRequest,
     FunctionCall,
@@ -142,7 +143,7 @@ class Thinking(StrictModel):
 
 class CountTokensRequest(StrictModel):
     model: ShortText | None = None
-    messages: Annotated[list[InputMessage], Field(min_length=1)]
+    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: System = None
     tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: MessagesToolChoice | None = None

@@ -132,7 +132,9 @@ class RouterClient:
         self, request: router_pb2.GenerateRequest, pin: WeightsPin, thinking: ThinkingBudget | None
     ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
         now_s = asyncio.get_running_loop().time
-        deadline_s = now_s() + self._settings.request_timeout_s
+        scope = current_request.get()
+        age_s = 0.0 if scope is None else time.monotonic() - scope.arrived_s
+        deadline_s = now_s() + self._settings.request_timeout_s - age_s
         continuation = Continuation(request, self._eos_token_ids, pin, thinking)
         attempts = Attempts(self._settings.router_wait_s)
         while True:

@@ -62,8 +62,6 @@ class ApiSettings:
     """Requests for text being worked on in this process; more are answered with 429."""
     max_sequences: int = 128
     """Most sequences one request may ask for: prompts times n."""
-    max_messages: int = 4096
-    """Most messages of one chat."""
     strict_fields: bool = False
     """Refuse request fields that have no meaning here, instead of ignoring them as most servers do."""
     viewer_token: str | None = None

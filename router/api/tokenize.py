@@ -6,9 +6,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
+from starlette.responses import Response
 
 from router.api.chat_job import encode_chat
-from router.api.chat_types import MAX_TOOLS, Message, TemplateSwitches
+from router.api.chat_types import MAX_TOOLS, Messages, TemplateSwitches
+from router.api.connection import encode_json
 from router.api.context import get_context
 from router.api.fields import ShortText, StrictModel, Text, check_token_ids
 from router.api.form_types import Tool
@@ -21,7 +23,7 @@ class TokenizeRequest(StrictModel):
 
     model: ShortText | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: StrictBool | None = None
     """For a text only (a chat's template brings its own); by default true, as for /v1/completions."""
     add_generation_prompt: StrictBool | None = None
@@ -42,7 +44,7 @@ class DetokenizeRequest(StrictModel):
 
 
 @routes.post("/tokenize")
-async def tokenize(request: Request) -> dict[str, Any]:
+async def tokenize(request: Request) -> Response:
     context = get_context(request)
     body = await context.parse(TokenizeRequest, request)
     context.resolve_model(body.model)
@@ -58,19 +60,27 @@ async def tokenize(request: Request) -> dict[str, Any]:
         (token_ids,) = await context.encode_texts(
             [body.prompt or ""], add_special_tokens=body.add_special_tokens is not False
         )
-    answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": context.max_model_len, "tokens": token_ids}
-    if body.return_token_strs:
-        answer["token_strs"] = [context.tokenizer.token_text(token_id) for token_id in token_ids]
-    return answer
+
+    def build() -> bytes:
+        answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": context.max_model_len, "tokens": token_ids}
+        if body.return_token_strs:
+            answer["token_strs"] = [context.tokenizer.token_text(token_id) for token_id in token_ids]
+        return encode_json(answer)
+
+    return Response(await context.build_body(build, num_tokens=len(token_ids)), media_type="application/json")
 
 
 @routes.post("/detokenize")
-async def detokenize(request: Request) -> dict[str, Any]:
+async def detokenize(request: Request) -> Response:
     context = get_context(request)
     body = await context.parse(DetokenizeRequest, request)
     context.resolve_model(body.model)
     context.check_token_ids(body.tokens, "tokens")
-    return {"prompt": context.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+    def build() -> bytes:
+        return encode_json({"prompt": context.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    return Response(await context.build_body(build, num_tokens=len(body.tokens)), media_type="application/json")
 
 
 @routes.get("/tokenizer_info")

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ from router.api.settings import ApiSettings
 from router.api.tokenizer import TextTokenizer
 from router.v1 import router_pb2
 from tests.router_api.api_server import ApiServer
-from tests.router_api.conftest import MODEL
+from tests.router_api.conftest import MODEL, write_checkpoint
 from tests.router_api.scripted_router import ScriptedRouter, answer, answer_forever, fail, token
 
 WAIT_S = 10.0
@@ -253,9 +254,14 @@ def test_too_many_requests_at_once(settings: ApiSettings) -> None:
         router.stop()
 
 
-def test_health_answers_while_a_large_text_is_tokenised(settings: ApiSettings) -> None:
+def test_health_answers_while_a_large_text_is_tokenised(settings: ApiSettings, tmp_path: Path) -> None:
     router = ScriptedRouter()
-    api = ApiServer(replace(settings, max_body_bytes=8 * 1024 * 1024), StaticEndpoints([router.endpoint]))
+    # So long a context that the text is not refused before it is tokenised.
+    checkpoint = write_checkpoint(tmp_path / MODEL)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 400_000}))
+    large = replace(settings, checkpoint=checkpoint, max_body_bytes=8 * 1024 * 1024)
+    api = ApiServer(large, StaticEndpoints([router.endpoint]))
     try:
         results: list[httpx.Response] = []
         body = {"model": MODEL, "prompt": "the quick brown fox " * 150_000}
