@@ -93,15 +93,18 @@ def test_a_client_that_leaves_between_the_last_token_and_the_end(
 def test_a_client_of_several_choices_that_leaves_midway(
     api: ApiServer, router: ScriptedRouter, tokenizer: TextTokenizer
 ) -> None:
-    ended = threading.Semaphore(0)
+    begun, ended = threading.Semaphore(0), threading.Semaphore(0)
 
     def play(request: router_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Any]:
         context.add_callback(ended.release)
+        begun.release()
         yield from answer_forever([token_id])(request, context)
 
     token_id = tokenizer.encode_raw("x", add_special_tokens=False)[0]
     router.script = play
     connection = send_request(api.port, "/v1/completions", {"prompt": ["a", "b"], "n": 2, "stream": True})
+    for _ in range(4):  # what is cancelled before it begins is never told that it ended
+        assert begun.acquire(timeout=WAIT_S)
     read_until(connection, b'"index":3')
     connection.close()
     for _ in range(4):
