@@ -34,9 +34,14 @@ class ProxyGuard:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
-        await self._app(_clean(scope), receive, answer.forward)
+        cleaned = _clean(scope)
+        await self._app(cleaned, receive, answer.forward)
         if answer.error is not None or not answer.has_started:
-            await error_response(answer.error or _lost())(scope, receive, send)
+            error = answer.error or _lost()
+            # The client's, or the one that Serve has put there.
+            if request_id := Headers(scope=cleaned).get("x-request-id"):
+                error.headers["X-Request-Id"] = request_id
+            await error_response(error)(scope, receive, send)
         elif not answer.has_ended and answer.is_stream:
             events = NAMED if scope["path"] in _NAMED_ROUTES else UNNAMED
             body = events.prefix + events.write_error(_lost()) + b"\n\n" + events.ending
@@ -57,7 +62,8 @@ class _Answer:
         if message["type"] == "http.response.start":
             content_type = Headers(raw=message["headers"]).get("content-type", "")
             if message["status"] >= 400 and content_type.startswith("text/plain"):
-                self.error = _translate(message)
+                # 404: there is no front yet. Everything else that Serve says itself will be over as well.
+                self.error = _starting() if message["status"] == 404 else _lost()
             self.has_started = True
             self.is_stream = content_type.startswith("text/event-stream")
         elif message["type"] == "http.response.body":
@@ -66,13 +72,8 @@ class _Answer:
             await self._send(message)
 
 
-def _translate(message: Message) -> ApiError:
-    """404: there is no front yet. Everything else that Serve says itself will be over as well."""
-    request_id = Headers(raw=message["headers"]).get("x-request-id")
-    error = _lost() if message["status"] != 404 else Unavailable("Starting.", retry_after_s=_RETRY_AFTER_S)
-    if request_id is not None:
-        error.headers["X-Request-Id"] = request_id
-    return error
+def _starting() -> ApiError:
+    return Unavailable("Starting.", retry_after_s=_RETRY_AFTER_S)
 
 
 def _lost() -> ApiError:
