@@ -77,6 +77,10 @@ class DecoderLayer:
         """hidden_states: [num_tokens, hidden_size]. Returns the same, and leaves the rows' latents in the cache."""
         return await run_layers([self], hidden_states, batch)
 
+    def fill_cache(self, hidden_states: Tensor, batch: StepBatch) -> None:
+        """Leave the rows' latents in the cache, and nothing else. hidden_states: [num_tokens, hidden_size]."""
+        self.front.fill_cache(self.front.start(hidden_states, batch))
+
     async def run(self, run: LayerRun, batch: StepBatch) -> None:
         """The layer's share of a walk. Attention is done before anything is awaited: router/layer_order.py counts on
         it."""

@@ -8,6 +8,7 @@ Every choice gives the same tokens; only the speed differs.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -41,14 +42,6 @@ class Acceptance:
 
     def __init__(self, rates: Sequence[float]) -> None:
         self.rates = list(rates)
-
-    def expected_tokens(self, depth: int) -> float:
-        """Of one step with so many drafts."""
-        chance, total = 1.0, 1.0
-        for rate in self.rates[:depth]:
-            chance *= rate
-            total += chance
-        return total
 
 
 @dataclass
@@ -128,9 +121,7 @@ class DraftPolicy:
             times = _StepTimes([deque(maxlen=MAX_SAMPLES) for _ in range(depths)], [0.0] * depths)
             self._times[bucket] = times
         times.num_steps += 1
-        tokens = [
-            sum(acceptance.expected_tokens(depth) for acceptance in acceptances) for depth in range(self._max_depth + 1)
-        ]
+        tokens = _sum_expected_tokens(acceptances, self._max_depth)
         depth = self._choose_depth(bucket, times, tokens)
         self._choices = (self._choices[1], (bucket, depth))
         least_chances = self._least_chances(times, tokens[depth] / len(acceptances), depth)
@@ -188,6 +179,17 @@ class DraftPolicy:
         for index in range(depth, self._max_depth):
             acceptance.rates[index] += FORGETTING * (self._common.rates[index] - acceptance.rates[index])
         return depth
+
+
+def _sum_expected_tokens(acceptances: Sequence[Acceptance], max_depth: int) -> list[float]:
+    """Of one step of them all, by depth."""
+    tokens = [float(len(acceptances))] + [0.0] * max_depth
+    for acceptance in acceptances:
+        chance = 1.0
+        for index, rate in enumerate(acceptance.rates):
+            chance *= rate
+            tokens[index + 1] += chance
+    return list(itertools.accumulate(tokens))
 
 
 def _find_best(depths: Sequence[int], times: _StepTimes, tokens: Sequence[float]) -> int:

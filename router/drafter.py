@@ -17,14 +17,14 @@ from router.sequence import Sequence
 class DraftInput(NamedTuple):
     """What a step computed of a sequence that goes on.
 
-    hidden_states: [n, hidden_size], the trunk's rows for the positions from start on, without those of rejected
-    drafts. The token behind each is known: token_ids[start + 1 : start + n + 1].
+    rows: of the step, n of them, for the positions from start on, without those of rejected drafts. The token behind
+    each is known: token_ids[start + 1 : start + n + 1].
     num_drafts: how many to guess; 0 for a prompt that is not complete. The sequence has blocks for
     len(token_ids) + num_drafts tokens; rows at positions from num_computed on are overwritten by the next step.
     """
 
     sequence: Sequence
-    hidden_states: Tensor
+    rows: range
     start: int
     num_drafts: int
 
@@ -43,9 +43,10 @@ class Drafter(Protocol):
         none of them a prompt."""
         ...
 
-    async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:
-        """The guesses for each input, at most its num_drafts. Inputs with 0 are there for what the drafter keeps in
-        the cache. Raises what the expert groups raise."""
+    async def draft(self, hidden_states: Tensor, inputs: Series[DraftInput]) -> list[list[int]]:
+        """hidden_states: [num_tokens, hidden_size], the trunk's of the step. Returns the guesses for each input, at
+        most its num_drafts. Inputs with 0 are there for what the drafter keeps in the cache. Raises what the expert
+        groups raise."""
         ...
 
 

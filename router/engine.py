@@ -376,10 +376,10 @@ class Engine:
         for sequence, segment in going_on:
             num_drafts = self._scheduler.reserve_drafts(sequence, depths.get(sequence, 0))
             start = segment.context_len
-            stop = segment.start + sequence.num_computed - start
-            inputs.append(DraftInput(sequence, hidden_states[segment.start : stop], start, num_drafts))
+            rows = range(segment.start, segment.start + sequence.num_computed - start)
+            inputs.append(DraftInput(sequence, rows, start, num_drafts))
         try:
-            guesses = await drafter.draft(inputs)
+            guesses = await drafter.draft(hidden_states, inputs)
         except RouterError as error:  # the tokens are handed out already, and the next step needs no drafts
             logger.warning("no drafts num_sequences=%d reason=%s", len(inputs), error)
             return

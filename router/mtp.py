@@ -55,24 +55,44 @@ class MtpModule:
             gives_turn=True,  # the tokens of the step before are handed out
         )
 
-    async def forward(self, hidden_states: Tensor, batch: StepBatch) -> Tensor:
+    async def forward(self, hidden_states: Tensor, batch: StepBatch, context: StepBatch | None = None) -> Tensor:
         """Returns [num_tokens, hidden_size]: states for compute_logits, or for a second application.
 
-        hidden_states: [num_tokens, hidden_size], of the trunk before its final norm, or what this returned. batch: row
-        i has hidden state i's position, and the token behind it as input id."""
-        embedded = torch.embedding(self._weights.embed_tokens, batch.input_ids)
-        if self._copies is not None:
-            embedded, batch = self._copies.send(embedded), self._copies.send_batch(batch)
-        normed = [
-            self._norm(embedded, self._weights.enorm),
-            self._norm(hidden_states, self._weights.hnorm),
-        ]
-        return await self._layer.forward(self._weights.eh_proj(torch.cat(normed, dim=-1)), batch)
+        hidden_states: of the trunk before its final norm, or what this returned. batch: row i has hidden state i's
+        position, and the token behind it as input id. context: the same of rows that come first in hidden_states and
+        are there for the cache alone."""
+        if context is None:
+            return await self._layer.forward(self._combine(hidden_states, batch.input_ids), self._send(batch))
+        num_before = len(context.input_ids)
+        combined = self._combine(hidden_states, torch.cat([context.input_ids, batch.input_ids]))
+        self._layer.fill_cache(combined[:num_before], self._send(context))
+        return await self._layer.forward(combined[num_before:], self._send(batch))
+
+    def fill_cache(self, hidden_states: Tensor, batch: StepBatch) -> None:
+        """What forward does for the cache, with the same arguments. It takes no experts."""
+        self._layer.fill_cache(self._combine(hidden_states, batch.input_ids), self._send(batch))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [num_rows, hidden_size] of forward. Returns [num_rows, vocab_size] float32, of the token two
         behind each row's position."""
         return self._weights.head(self._norm(hidden_states, self._weights.norm), torch.float32).cpu()
+
+    def _combine(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+        """[num_tokens, hidden_size]: what the module's layer takes."""
+        weights, eh_proj = self._weights, self._weights.eh_proj
+        if isinstance(eh_proj, NativeLinear) and weights.embed_tokens.dtype == eh_proj.kernel.dtype:
+            norms = (weights.enorm, weights.hnorm)
+            return eh_proj.kernel.join(
+                eh_proj.matrices[0], weights.embed_tokens, input_ids, hidden_states.contiguous(), norms, self._eps
+            )
+        embedded = torch.embedding(self._weights.embed_tokens, input_ids)
+        if self._copies is not None:
+            embedded = self._copies.send(embedded)
+        normed = [self._norm(embedded, weights.enorm), self._norm(hidden_states, weights.hnorm)]
+        return eh_proj(torch.cat(normed, dim=-1))
+
+    def _send(self, batch: StepBatch) -> StepBatch:
+        return batch if self._copies is None else self._copies.send_batch(batch)
 
     def _norm(self, hidden_states: Tensor, weight: Tensor) -> Tensor:
         """One native call for torch's three where there is the kernel."""

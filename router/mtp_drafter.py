@@ -2,7 +2,8 @@
 
 Row i of the module needs token i + 1, which is known once the trunk has computed row i and its logits are sampled. So
 each step's rows follow right behind the step, and the last of them gives the first draft. The module applied to its own
-output gives further ones; their rows hold guesses and are overwritten by what the next step finds.
+output gives further ones; their rows hold guesses and are overwritten by what the next step finds. All other rows are
+there for the cache alone, as the module is a single layer.
 
 A draft is drawn as the verifying step will draw: same temperature, filters and penalties, same noise. So it holds as
 often as the two distributions agree, at any temperature.
@@ -10,7 +11,6 @@ often as the two distributions agree, at any temperature.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,22 +25,18 @@ from router.mtp import MtpModule
 from router.sample_rows import build_sample_row
 from router.sampler import sample
 from router.sequence import Sequence
-from router.step_batch import TokenSpan, build_step_batch, leave_out_rows
+from router.step_batch import TokenSpan, build_step_batch
 
 # Rows of a sequence that is not drafted for are kept, to go through the module together. So many at most, for what they
 # hold and for the prefixes that others reuse.
 MAX_KEPT_ROWS = BLOCK_SIZE
 
 
-class _Rows(NamedTuple):
-    """hidden_states: [n, hidden_size] of the trunk, for positions from start on."""
+class _Kept(NamedTuple):
+    """hidden_states: [n, hidden_size] of the trunk, for the positions from start on."""
 
     hidden_states: Tensor
     start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.hidden_states.shape[0]
 
 
 @dataclass
@@ -49,17 +45,21 @@ class _State:
     have not gone through the module."""
 
     acceptance: Acceptance
-    kept: _Rows | None = None
+    kept: _Kept | None = None
 
 
 @dataclass
 class _Job:
-    """What goes through the module for one input. block_ids: as they were when it began; cancelling takes them from
-    the sequence, but nobody else gets them within a step."""
+    """What goes through the module for one input: the rows kept for it, then some of the step. start, stop: their
+    positions. block_ids: as they were when it began; cancelling takes them from the sequence, but nobody else gets
+    them within a step."""
 
     index: int
     sequence: Sequence
-    rows: _Rows
+    kept: Tensor | None
+    rows: range
+    start: int
+    stop: int
     num_drafts: int
     block_ids: list[int]
     drafts: list[int]
@@ -83,25 +83,25 @@ class MtpDrafter:
     def note_step(self, num_sequences: int, seconds: float) -> None:
         self._policy.note_step(num_sequences, seconds, self._followed)
 
-    async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:
+    async def draft(self, hidden_states: Tensor, inputs: Series[DraftInput]) -> list[list[int]]:
         self._followed = False
         drafts: list[list[int]] = [[] for _ in inputs]
         jobs = [job for index, item in enumerate(inputs) if (job := self._take_up(index, item)) is not None]
-        if not any(job.num_drafts > 0 or job.rows.stop - job.rows.start >= MAX_KEPT_ROWS for job in jobs):
-            # Nothing is due. A copy: the rows are a view of all rows of their step.
-            for job in jobs:
-                self._state_of(job.sequence).kept = _Rows(job.rows.hidden_states.clone(), job.rows.start)
+        if not any(job.num_drafts > 0 or job.stop - job.start >= MAX_KEPT_ROWS for job in jobs):
+            for job in jobs:  # nothing is due
+                self._keep(job, hidden_states)
             return drafts
         # What is kept goes along; without drafts it fills the cache, and asks the expert groups nothing.
-        self._followed = all(job.num_drafts == 0 for job in jobs)
-        spans = [_span_of(job) for job in jobs]
-        hidden_states = torch.cat([job.rows.hidden_states for job in jobs])
-        # A prompt's rows go through for the cache alone.
-        last_rows = [end - 1 for end in itertools.accumulate(len(span.token_ids) for span in spans)]
-        last_rows = [row for row, job in zip(last_rows, jobs, strict=True) if job.num_drafts > 0]
-        batch = leave_out_rows(build_step_batch(spans), last_rows)
-        hidden_states = (await self._module.forward(hidden_states, batch))[last_rows]
+        context, spans = _cut_spans(jobs)
+        hidden_states = _take_rows(hidden_states, jobs)
         jobs = [job for job in jobs if job.num_drafts > 0]
+        if not jobs:
+            self._followed = True
+            self._module.fill_cache(hidden_states, build_step_batch(context))
+            return drafts
+        hidden_states = await self._module.forward(
+            hidden_states, build_step_batch(spans), build_step_batch(context) if context else None
+        )
         while jobs:
             token_ids = sample(
                 self._module.compute_logits(hidden_states),
@@ -116,7 +116,7 @@ class MtpDrafter:
             jobs = [job for job in jobs if len(job.drafts) < job.num_drafts]
             # The row behind the last one, whose next token is the last draft.
             batch = build_step_batch(
-                [TokenSpan(job.drafts[-1:], job.rows.stop + len(job.drafts) - 1, job.block_ids) for job in jobs]
+                [TokenSpan(job.drafts[-1:], job.stop + len(job.drafts) - 1, job.block_ids) for job in jobs]
             )
             hidden_states = await self._module.forward(hidden_states[unfinished], batch)
         return drafts
@@ -126,12 +126,19 @@ class MtpDrafter:
         sequence = item.sequence
         if sequence.request.max_tokens <= 1:
             return None  # nothing will ever be drafted for it
-        rows = _Rows(item.hidden_states, item.start)
         state = self._state_of(sequence)
         kept, state.kept = state.kept, None
-        if kept is not None and kept.stop == rows.start:  # else it was computed anew
-            rows = _Rows(torch.cat([kept.hidden_states, rows.hidden_states]), kept.start)
-        return _Job(index, sequence, rows, item.num_drafts, sequence.block_ids, [])
+        start, stop = item.start, item.start + len(item.rows)
+        states = None
+        if kept is not None and kept.start + len(kept.hidden_states) == start:  # else it was computed anew
+            states, start = kept
+        return _Job(index, sequence, states, item.rows, start, stop, item.num_drafts, sequence.block_ids, [])
+
+    def _keep(self, job: _Job, hidden_states: Tensor) -> None:
+        rows = hidden_states[job.rows.start : job.rows.stop]
+        # A copy, and not a view of all rows of the step.
+        rows = rows.clone() if job.kept is None else torch.cat([job.kept, rows])
+        self._state_of(job.sequence).kept = _Kept(rows, job.start)
 
     def _state_of(self, sequence: Sequence) -> _State:
         if not isinstance(sequence.draft_state, _State):
@@ -139,6 +146,34 @@ class MtpDrafter:
         return sequence.draft_state
 
 
-def _span_of(job: _Job) -> TokenSpan:
-    """The module's rows: each position with the token behind it."""
-    return TokenSpan(job.sequence.token_ids[job.rows.start + 1 : job.rows.stop + 1], job.rows.start, job.block_ids)
+def _cut_spans(jobs: Series[_Job]) -> tuple[list[TokenSpan], list[TokenSpan]]:
+    """Each position with the token behind it: of the rows that only the cache is to know, and of those that drafts are
+    made of, the last one of each sequence that is drafted for."""
+    context: list[TokenSpan] = []
+    spans: list[TokenSpan] = []
+    for job in jobs:
+        token_ids, stop = job.sequence.token_ids, job.stop
+        if job.num_drafts > 0:
+            spans.append(TokenSpan(token_ids[stop : stop + 1], stop - 1, job.block_ids))
+            stop -= 1
+        if stop > job.start:
+            context.append(TokenSpan(token_ids[job.start + 1 : stop + 1], job.start, job.block_ids))
+    return context, spans
+
+
+def _take_rows(hidden_states: Tensor, jobs: Series[_Job]) -> Tensor:
+    """The hidden states of all spans, in their order. hidden_states: of the step."""
+    sources = [hidden_states]
+    num_rows = hidden_states.shape[0]
+    rows: list[int] = []
+    last_rows: list[int] = []
+    for job in jobs:
+        if job.kept is not None:
+            sources.append(job.kept)
+            rows.extend(range(num_rows, num_rows + job.kept.shape[0]))
+            num_rows += job.kept.shape[0]
+        rows.extend(job.rows)
+        if job.num_drafts > 0:
+            last_rows.append(rows.pop())
+    source = torch.cat(sources) if len(sources) > 1 else hidden_states
+    return source.index_select(0, torch.tensor(rows + last_rows, device=source.device))

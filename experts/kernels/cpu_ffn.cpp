@@ -355,6 +355,34 @@ int32_t shoal_rms_norm(int32_t family, const void* x, int32_t dtype, int32_t num
     return kOk;
 }
 
+// result[num_rows][matrix.rows] = [norm(table[ids[row]]), norm(x[row])] . matrix^T, all in the arithmetic's dtype; of the
+// norms' widths the matrix has twice.
+int32_t shoal_join(int32_t family, int32_t arithmetic, const Matrix* matrix, const void* table, const int64_t* ids,
+                   const void* x, int32_t num_rows, const float* first_weight, const float* second_weight, float eps,
+                   void* result) try {
+    const Engine* engine = find_engine(family, arithmetic, *matrix);
+    const RowKernels* kernels = find_rows(family, arithmetic);
+    if (!engine || !kernels) return kUnsupported;
+    const Dtype dtype = Dtype(arithmetic);
+    const int width = matrix->columns / 2;
+    const size_t row_bytes = size_t(width) * item_bytes(dtype);
+    std::lock_guard<std::mutex> turn(Pool::instance().turn());
+    Job job(*engine);
+    uint8_t* joined = job.workspace().layer.reserve(num_rows * 2 * row_bytes);
+    for (int row = 0; row < num_rows; ++row) {
+        uint8_t* to = joined + row * 2 * row_bytes;
+        kernels->rms_norm(static_cast<const uint8_t*>(table) + ids[row] * row_bytes, dtype, first_weight, width, eps,
+                          to, dtype);
+        kernels->rms_norm(static_cast<const uint8_t*>(x) + row * row_bytes, dtype, second_weight, width, eps,
+                          to + row_bytes, dtype);
+    }
+    multiply_rows(job, {{matrix, result, dtype, size_t(matrix->rows)}}, joined, dtype, size_t(matrix->columns),
+                  num_rows);
+    return kOk;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
 // hidden[count] = round(hidden + (first + second)); second may be null.
 int32_t shoal_add(int32_t family, void* hidden, int32_t dtype, const float* first, const float* second,
                   int64_t count) {

@@ -370,6 +370,40 @@ class CpuKernel:
         )
         return result
 
+    def join(
+        self,
+        matrix: PackedMatrix,
+        table: torch.Tensor,
+        ids: torch.Tensor,
+        x: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        eps: float,
+    ) -> torch.Tensor:
+        """linear(cat([rms_norm(table[ids]), rms_norm(x)], dim=-1)), in one call.
+
+        x: [num_rows, d], table: [num, d], both contiguous and of the kernel's dtype; ids: [num_rows] int64, contiguous,
+        of rows that the table has. weights: of the norms, [d] float32. Raises ValueError for what does not fit.
+        """
+        if matrix.columns != 2 * x.shape[1] or x.shape[1] != table.shape[1] or not x.dtype == table.dtype == self.dtype:
+            raise ValueError(f"join: x {tuple(x.shape)} does not fit a matrix of {matrix.columns} columns")
+        result = torch.empty(x.shape[0], matrix.rows, dtype=x.dtype)
+        self._check(
+            self._library.shoal_join(
+                self.family_number,
+                self.arithmetic_number,
+                ctypes.byref(matrix.describe()),
+                table.data_ptr(),
+                ids.data_ptr(),
+                x.data_ptr(),
+                x.shape[0],
+                weights[0].data_ptr(),
+                weights[1].data_ptr(),
+                eps,
+                result.data_ptr(),
+            )
+        )
+        return result
+
     def add_(self, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None) -> None:
         """x += first + second, summed in fp32 and rounded once. All contiguous; first and second: float32."""
         self._check(
@@ -468,6 +502,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     )
     library.shoal_rms_norm.argtypes = (
         *(integer, address, integer, integer, integer, address, ctypes.c_float, address),
+    )
+    library.shoal_join.argtypes = (
+        *(integer, integer, address, address, address, address, integer, address, address, ctypes.c_float, address),
     )
     library.shoal_add.argtypes = (integer, address, integer, address, address, ctypes.c_int64)
     library.shoal_attend.argtypes = (address, address)

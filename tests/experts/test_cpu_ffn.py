@@ -292,6 +292,21 @@ def test_every_number_of_rows_and_threads_gives_the_same_bits(family: Family) ->
         ), num_rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_norms_are_multiplied_as_if_one_by_one(family: Family, dtype: torch.dtype) -> None:
+    """Of a table's rows and others, whose width is no whole vector."""
+    kernel, generator = _kernel(family, dtype), torch.Generator().manual_seed(3)
+    matrix = kernel.pack_linear(_random_weight((70, 2 * 152), torch.bfloat16, generator))
+    table, x = (torch.randn(rows, 152, generator=generator).to(dtype) for rows in (40, 19))
+    weights = torch.rand(152, generator=generator), torch.rand(152, generator=generator)
+    ids = torch.randint(0, 40, (19,), generator=generator)
+    normed = [kernel.rms_norm(rows, weight, 1e-6) for rows, weight in zip((table[ids], x), weights, strict=True)]
+    expected = kernel.linear(torch.cat(normed, dim=-1), matrix)
+    assert torch.equal(kernel.join(matrix, table, ids, x, weights, 1e-6), expected)
+    with pytest.raises(ValueError):
+        kernel.join(matrix, table, ids, x[:, :100].contiguous(), weights, 1e-6)
+
+
 def test_exact_rows_added_in_expert_order_are_the_reduced_rows(family: Family) -> None:
     kernel = _kernel(family)
     layer, _ = _make_layer(kernel, 192, 160, torch.float8_e4m3fn)

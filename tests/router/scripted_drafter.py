@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Series
 
+from torch import Tensor
+
 from router.drafter import DraftInput
 from router.sequence import Sequence
 
@@ -27,10 +29,11 @@ class ScriptedDrafter:
         self.num_drafts += num_drafts
         self.num_accepted += num_accepted
 
-    async def draft(self, inputs: Series[DraftInput]) -> list[list[int]]:
+    async def draft(self, hidden_states: Tensor, inputs: Series[DraftInput]) -> list[list[int]]:
         guesses: list[list[int]] = []
-        for sequence, hidden_states, start, num_drafts in inputs:
-            assert start + len(hidden_states) == sequence.num_computed < len(sequence.token_ids)
+        for sequence, rows, start, num_drafts in inputs:
+            assert rows.stop <= len(hidden_states)
+            assert start + len(rows) == sequence.num_computed < len(sequence.token_ids)
             text = self.answers[sequence.request.prompt_token_ids]
             first = sequence.num_generated
             guess = [token if (first + i) % 5 else (token + 1) % 320 for i, token in enumerate(text[first:])]

@@ -94,9 +94,15 @@ class ForgetfulDispatcher(LocalDispatcher):
 class CountedModule(MtpModule):
     counts: ForgetfulDispatcher
 
-    async def forward(self, hidden_states: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+    async def forward(
+        self, hidden_states: torch.Tensor, batch: StepBatch, context: StepBatch | None = None
+    ) -> torch.Tensor:
         self.counts.num_module_passes += 1
-        return await super().forward(hidden_states, batch)
+        return await super().forward(hidden_states, batch, context)
+
+    def fill_cache(self, hidden_states: torch.Tensor, batch: StepBatch) -> None:
+        self.counts.num_module_passes += 1
+        super().fill_cache(hidden_states, batch)
 
 
 Guesses = dict[int, list[int]]
@@ -111,8 +117,8 @@ class TestDrafter(MtpDrafter):
     guesses: Guesses | None = None
     answers: Answers | None = None
 
-    async def draft(self, inputs: Sequence[DraftInput]) -> list[list[int]]:
-        found = await super().draft(inputs)
+    async def draft(self, hidden_states: torch.Tensor, inputs: Sequence[DraftInput]) -> list[list[int]]:
+        found = await super().draft(hidden_states, inputs)
         if self.guesses is not None:
             self.guesses.update((item.sequence.num_generated, guess) for item, guess in zip(inputs, found, strict=True))
         if self.answers is not None:
@@ -321,6 +327,18 @@ async def test_of_a_prompt_only_the_last_row_asks_the_modules_experts(checkpoint
     async with serving(checkpoint, FixedDepth(1)) as (engine, dispatcher):
         await run_all(engine, [request([0, *range(30, 130)], 3)])
         assert dispatcher.num_rows[Checkpoint(checkpoint).config.num_hidden_layers] == 1
+
+
+async def test_experts_are_asked_for_the_rows_that_drafts_are_made_of_alone(
+    checkpoint: Path, plain: list[SequenceOutput]
+) -> None:
+    """Neither for prompts, however they are cut, nor for the rows of drafts that held."""
+    limits = replace(WIDE, max_batched_tokens=40)
+    async with serving(checkpoint, FixedDepth(1), limits=limits, answers=answers_of(plain)) as (engine, dispatcher):
+        assert_same(await run_all(engine, build_requests()), plain)
+        progress = engine.progress()
+        assert sum(progress.num_accepted) > 0
+        assert sum(progress.num_drafted) <= dispatcher.num_rows[MTP_LAYER_ID] <= progress.num_turns
 
 
 async def test_without_experts_for_the_mtp_layer_requests_go_on_undrafted(
