@@ -5,8 +5,11 @@
 Expert groups, router and HTTP front are processes of their own, as users run them. Each batch size decodes the same
 prompts, at the recommended temperature, with the same seeds, so the text is the same with and without drafts. There is
 one stack for each depth; they take turns, so that a machine that gets slower slows all, and the median over the turns
-counts. Tokens/s are end to end: all tokens of a turn by the time it took, prefill included. The default decodes a few
-tokens once and only shows that it works; --full: 128 tokens per sequence, 5 turns.
+counts. Tokens/s are end to end: all tokens of a turn by the time it took, prefill included.
+
+A batch is held by as many clients, each of which asks for its next answer when it has one: with drafts sequences of one
+length end at different times, and of a single round the last part would be measured at ever fewer sequences (--rounds 1
+is that). The default decodes a few tokens once and only shows that it works; --full: 4 rounds of 128 tokens, 5 turns.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import itertools
 import statistics
 import sys
 import tempfile
@@ -59,12 +63,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, nargs="+", default=[1], help="most drafts per step, besides none")
     parser.add_argument("--full", action="store_true", help="long enough to be measured")
     parser.add_argument("--tokens", type=int, help="generated per sequence (default: 8, with --full 128)")
+    parser.add_argument("--rounds", type=int, help="answers of each client in a turn (default: 1, with --full 4)")
     parser.add_argument("--turns", type=int, help="default: 1, with --full 5")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--groups", type=int, default=2)
     add_json_option(parser)
     options = parser.parse_args()
     options.tokens = options.tokens or (128 if options.full else 8)
+    options.rounds = options.rounds or (4 if options.full else 1)
     options.turns = options.turns or (5 if options.full else 1)
     return options
 
@@ -84,7 +90,8 @@ def main() -> None:
     print_report(
         "speculative",
         sizes={"checkpoint": str(options.checkpoint.relative_to(REPOSITORY)), "groups": options.groups,
-               "tokens": options.tokens, "temperature": options.temperature, "turns": options.turns},
+               "tokens": options.tokens, "rounds": options.rounds, "temperature": options.temperature,
+               "turns": options.turns},
         limit=[],
         figures=build_figures(turns),
         bars=build_bars(turns, options.batch, depths, is_full=options.full),
@@ -104,11 +111,15 @@ def start_stack(running: contextlib.ExitStack, options: argparse.Namespace, dept
 
 
 def run_turn(stack: LocalStack, batch: int, options: argparse.Namespace) -> Turn:
-    """The first `batch` prompts at once, each answered to the full length."""
+    """Every client one prompt after the other, each answered to the full length."""
     before = stack.status()
     with stack.client() as client, concurrent.futures.ThreadPoolExecutor(batch) as threads:
+
+        def answer_all(first: int) -> list[str]:
+            return [complete(client, first + batch * number, options) for number in range(options.rounds)]
+
         started_s = time.perf_counter()
-        texts = tuple(threads.map(lambda index: complete(client, index, options), range(batch)))
+        texts = tuple(itertools.chain.from_iterable(threads.map(answer_all, range(batch))))
         seconds = time.perf_counter() - started_s
     after = stack.status()
     num_tokens = after.num_generated_tokens - before.num_generated_tokens

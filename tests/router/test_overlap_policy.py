@@ -58,6 +58,21 @@ def test_where_experts_share_the_cores_it_stays_off_and_hardly_tries() -> None:
     assert any(count != 1 for count in chosen)
 
 
+def test_one_lucky_comparison_decides_nothing() -> None:
+    """The first five split steps were short ones of their class."""
+    num_split = 0
+
+    def step(count: int) -> StepTimes:
+        nonlocal num_split
+        num_split += count > 1
+        is_lucky = count > 1 and num_split <= 5
+        return StepTimes(0.007 if is_lucky else 0.010 + 0.003 * (count - 1), 0.006)
+
+    chosen = drive(OverlapPolicy("auto"), step)
+    assert 5 < chosen.count(2) <= 10
+    assert chosen[-1] == 1
+
+
 def test_what_is_clearly_slower_is_given_up_after_few_steps() -> None:
     chosen = drive(OverlapPolicy("auto"), lambda count: StepTimes(0.010 * count, 0.006), 100)
     assert chosen.count(2) == 2
