@@ -8,6 +8,6 @@ actors on 2 cores).
 from __future__ import annotations
 
 DATA_PLANE_ENV: dict[str, str] = {
-    # The older I/O engine takes 20-25 % less time per scatter/gather round (DESIGN.md, section 5).
+    # The older I/O engine takes 20-25 % less time per scatter/gather round.
     "GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener",
 }

@@ -41,8 +41,7 @@ class KubernetesWatch:
         self._stopped = threading.Event()
         self._pause_s = _FIRST_PAUSE_S
         self._objects: dict[str, dict[str, Any]] = {}
-        # Lists that succeeded, and why the last attempt did not (None while all is well).
-        self.num_lists = 0
+        # Why the last attempt did not succeed; None while all is well.
         self.error: KubernetesError | None = None
         self._thread = threading.Thread(target=self._run, name=f"watch {kind}", daemon=True)
 
@@ -75,7 +74,6 @@ class KubernetesWatch:
         """One list and one watch."""
         document = self._fetch_list()
         self._objects = {item["metadata"]["name"]: item for item in document["items"]}
-        self.num_lists += 1
         if self.error is not None:
             logger.info("%s are seen again", self._kind)
         self.error = None

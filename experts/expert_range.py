@@ -27,9 +27,6 @@ class ExpertRange:
         if not (0 <= self.layer_start < self.layer_end and 0 <= self.expert_start < self.expert_end):
             raise ConfigError(f"expert range {self} is empty or negative")
 
-    def contains(self, layer_id: int, expert_id: int) -> bool:
-        return self.layer_start <= layer_id < self.layer_end and self.expert_start <= expert_id < self.expert_end
-
     @property
     def expert_ids(self) -> range:
         return range(self.expert_start, self.expert_end)

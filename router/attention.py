@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2 report, section 2.1) over the latent cache, in torch.
 
-For machines and dtypes that the CPU kernel does not serve (router/native_layer.py), and the reference that it is
+For machines and dtypes that the CPU kernel (experts/kernels/cpu_layer.py) does not serve, and the reference that it is
 tested against.
 
 Absorbed form: keys and values are never expanded. W_UK moves into the query and W_UV behind the softmax, so a step
@@ -28,7 +28,7 @@ from router.rotary import apply_rotary
 from router.step_batch import StepBatch
 
 # The context is read in chunks at fixed absolute positions, so that a row's sums are grouped in the same way in
-# prefill, decode and re-prefill, and scores stay in the cache (DESIGN.md section 5).
+# prefill, decode and re-prefill, and scores stay in the cache.
 CONTEXT_CHUNK = 512
 # Rows of queries (tokens x heads) that are scored at once: 4096 x 512 float32 are 8 MiB.
 QUERY_ROWS = 4096

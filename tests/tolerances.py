@@ -1,4 +1,4 @@
-"""The one tolerance table (DESIGN.md, section 4): calibrated once, then held.
+"""The one tolerance table: calibrated once, then held.
 
 Absolute differences of natural-logarithm probabilities, unless a name says relative. Ids, plans and anything
 promised bit for bit are compared exactly and have no entry here.

@@ -15,7 +15,6 @@ import mmap
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -535,11 +534,6 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.shoal_scatter_take_traffic.argtypes = (address, integer, address)
     library.shoal_scatter_look.argtypes = library.shoal_scatter_times.argtypes = (address, integer, address, address)
     return library
-
-
-def load_library_from(path: Path) -> ctypes.CDLL:
-    """Load a library of one's own, for comparing builds."""
-    return _declare(ctypes.CDLL(str(path)))
 
 
 def _count_cells(shape: tuple[int, int], dtype: torch.dtype, paired: bool) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Who gets in: every route but health and version wants a key as soon as a key file is configured.
 
 Plain ASGI and in front of all routes, so that a route that is added later, and a path that is none, are closed by
-default. Without a key file everybody is in; hosts then refuse to listen to the network (tenancy of cluster/serve).
+default. Without a key file everybody is in; hosts then refuse to listen to the network (router/tenancy/open_access.py).
 """
 
 from __future__ import annotations

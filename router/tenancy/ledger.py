@@ -187,11 +187,6 @@ class Ledger:
         return statements
 
 
-def default_url(folder: Path) -> str:
-    """A file in folder."""
-    return f"sqlite:///{folder / 'ledger.db'}"
-
-
 def _create_engine(url: str) -> sa.Engine:
     try:
         parsed = sa.make_url(url)

@@ -1,1 +1,1 @@
-"""Benchmarks: each script prints one JSON object with --json (DESIGN.md, section 4). Nothing here is a test."""
+"""Benchmarks: each script prints one JSON object with --json. Nothing here is a test."""

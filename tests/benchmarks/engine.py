@@ -58,7 +58,7 @@ NUM_GROUPS = 4
 # Issue 4, "What it must show".
 DECODE_BARS = {1: 3.0, 8: 3.3, 32: 4.2}
 PREFILL_BAR = 2.5
-# DESIGN.md, "Determinism": it is the default if it costs at most so much of the throughput.
+# Determinism is the default if it costs at most so much of the throughput.
 DETERMINISM_BAR = 0.1
 SHARED_PREFIX_BAR = 0.25
 MEMORY_OVERHEAD_GB = 2.5

@@ -18,7 +18,7 @@ import torch
 from experts.batcher import Entry
 from experts.checkpoint import Checkpoint
 from experts.errors import NotHosted, Overloaded
-from experts.expert_range import split_experts
+from experts.expert_range import list_hosted_pairs, split_experts
 from experts.group import ExpertGroup
 from experts.router_streams import UNAVAILABLE, StreamBroken
 from experts.server import ExpertServer, ReplicaIdentity
@@ -164,6 +164,7 @@ class LocalDispatcher:
 
     def __init__(self, groups: list[ExpertGroup]) -> None:
         self._groups = groups
+        self._hosted = {group: set(list_hosted_pairs(group.config, group.hosted)) for group in groups}
         self.error: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
@@ -183,9 +184,7 @@ class LocalDispatcher:
         for row in range(hidden_states.shape[0]):
             order = topk_ids[row].argsort()
             for group in self._groups:
-                owned = [
-                    i for i in order.tolist() if any(r.contains(layer_id, int(topk_ids[row, i])) for r in group.hosted)
-                ]
+                owned = [i for i in order.tolist() if (layer_id, int(topk_ids[row, i])) in self._hosted[group]]
                 if owned:
                     frame = ComputeFrame(
                         frame_id=1, incarnation=0, table_version=0, layer_id=layer_id,
