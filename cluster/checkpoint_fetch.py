@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 COMPLETE_FILE = ".shoal-complete"
 DIGESTS_FILE = "SHA256SUMS"
+# Of URLs whose store obstore reads. fsspec's own packages for them come with a botocore that excludes the Kubernetes
+# client, both by python-dateutil.
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 # What a Hugging Face folder holds for us. No .bin and no .py: those would be executed to be read.
 _SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")
 _PIECE_BYTES = 16 * 2**20
@@ -89,7 +92,7 @@ def fetch(source: str, target: Path, *, verify_digests: bool) -> None:
             _write_whole(target / COMPLETE_FILE, json.dumps({"source": source, "files": sizes}, indent=1).encode())
     except OSError as error:
         raise FetchFailed(
-            f"cannot fetch {source} into {target}: {error} (mount it writable, with room enough)"
+            f"cannot fetch {source} into {target}: {_describe(error)} (mount it writable, with room enough)"
         ) from error
     duration_s = max(time.monotonic() - started_s, 1e-3)
     total_bytes = sum(sizes.values())
@@ -112,15 +115,20 @@ def _list_source(source: str) -> tuple[Any, list[SourceFile]]:
     """The file system behind a URL, and what to fetch of it, the large files first."""
     import fsspec
 
+    protocol = source.partition("://")[0]
     try:
+        if protocol in _OBJECT_STORES:
+            from obstore.fsspec import register
+
+            register(protocol)
         file_system, root = fsspec.core.url_to_fs(source)
         found: list[dict[str, Any]] = file_system.ls(root, detail=True)
         digests = _read_digests(file_system, found)
     except ImportError as error:
-        raise FetchFailed(f"{source}: {error} (for s3:// install s3fs, for gs:// gcsfs)") from error
+        raise FetchFailed(f"{source}: {error} (for {protocol}:// install shoal[object-store])") from error
     except Exception as error:
         # Every file system raises errors of its own.
-        raise FetchFailed(f"cannot list {source}: {type(error).__name__}: {error}") from error
+        raise FetchFailed(f"cannot list {source}: {_describe(error)}") from error
     files = [
         SourceFile(name, str(item["name"]), int(item["size"]), digests.get(name))
         for item in found
@@ -175,9 +183,12 @@ def _copy(file_system: Any, file: SourceFile, part: Path) -> None:
         raise
     except Exception as error:
         # See _list_source. What came stays, and the next run goes on with it.
-        raise FetchFailed(
-            f"{file.name}: {type(error).__name__}: {error} (run it again, it goes on from here)"
-        ) from error
+        raise FetchFailed(f"{file.name}: {_describe(error)} (run it again, it goes on from here)") from error
+
+
+def _describe(error: Exception) -> str:
+    """In one line: obstore adds pages of its inner state."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
 
 
 def _check(target: Path) -> None:

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from pydantic_core import PydanticUndefined
-
 from cluster.batch_options import add_options as add_batch_options
 from cluster.bench_options import add_options as add_bench_options
 from cluster.errors import ClusterError, SettingsError
@@ -169,8 +167,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     for name, field in ServeSettings.model_fields.items():
         flag = "--" + name.replace("_", "-")
         help_text = (field.description or "").replace("%", "%%")
-        # What is empty says so itself.
-        if field.default not in (None, "", PydanticUndefined):
+        # What is empty says so itself, as does what a factory makes.
+        if field.default_factory is None and field.default not in (None, ""):
             help_text += f" (default: {_show(field.default)})"
         if name == "checkpoint":
             parser.add_argument(name, nargs="?", metavar="CHECKPOINT", action=_Setting, help=help_text)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -18,6 +21,81 @@ from cluster.errors import FetchFailed
 
 DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "checkpoint"
 SHARD = "model-00002-of-00003.safetensors"
+
+
+class Bucket(http.server.ThreadingHTTPServer):
+    """What S3's API says of a folder, under /bucket/model/. asked: object and range of each GET."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _BucketHandler)
+        self.folder = folder
+        self.asked: list[tuple[str, str | None]] = []
+
+
+class _BucketHandler(http.server.BaseHTTPRequestHandler):
+    server: Bucket
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        path = self.server.folder / url.path.removeprefix("/bucket/model/")
+        if "Credential=reader/" not in self.headers.get("Authorization", ""):
+            self._answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+        elif "list-type" in urllib.parse.parse_qs(url.query):
+            self._answer(200, self._list().encode())
+        elif path.is_file():
+            self._send_file(path)
+        else:
+            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+
+    def _list(self) -> str:
+        objects = "".join(
+            f"<Contents><Key>model/{path.name}</Key><Size>{path.stat().st_size}</Size><ETag>1</ETag>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for path in sorted(self.server.folder.iterdir())
+        )
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{objects}</ListBucketResult>"
+
+    def _send_file(self, path: Path) -> None:
+        data, wanted = path.read_bytes(), self.headers.get("Range")
+        if self.command == "GET":
+            self.server.asked.append((path.name, wanted))
+        if wanted is None:
+            self._answer(200, data)
+            return
+        first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+        span = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
+        self._answer(206, data[first : last + 1], {"Content-Range": span})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        fields = {"Content-Length": str(len(body)), "ETag": "1", "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        for name, value in (fields | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    with Bucket(DEMO) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "secret", "NO_PROXY": "127.0.0.1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        yield server
+        server.shutdown()
+        thread.join(20.0)
 
 
 @pytest.fixture
@@ -54,6 +132,26 @@ def test_any_file_system_of_fsspec_will_do(tmp_path: Path) -> None:
     finally:
         memory.rm("/bucket", recursive=True)
     assert is_complete(tmp_path)
+
+
+def test_a_bucket_is_read_and_an_interrupted_file_of_it_continued(bucket: Bucket, tmp_path: Path) -> None:
+    data = (DEMO / SHARD).read_bytes()
+    (tmp_path / f".{SHARD}.part").write_bytes(data[:1000])
+    fetch("s3://bucket/model", tmp_path, verify_digests=True)
+    assert is_complete(tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {path.name for path in DEMO.iterdir()}
+    assert (tmp_path / SHARD).read_bytes() == data
+    ranges = [wanted for name, wanted in bucket.asked if name == SHARD]
+    assert ranges and all(wanted is not None and int(wanted[6:].split("-")[0]) >= 1000 for wanted in ranges)
+
+
+def test_a_bucket_that_lets_nobody_in_is_one_line(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "stranger")
+    with pytest.raises(FetchFailed, match=r"cannot list s3://bucket/model: .*403 Forbidden") as caught:
+        fetch("s3://bucket/model", tmp_path, verify_digests=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_interrupted_file_is_continued(source: Path, tmp_path: Path) -> None:

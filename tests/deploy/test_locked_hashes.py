@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from deploy.locked_hashes import (
+    EXTRAS,
     HASHES,
     LOCK,
     REPOSITORY,
@@ -27,14 +28,18 @@ def test_every_dependency_of_the_product_has_a_digest_of_the_locked_version() ->
     hashes, lock = read_hashes(HASHES.read_text()), read_lock(LOCK.read_text())
     assert find_differences(hashes, lock) == []
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(each for name in EXTRAS.split(",") for each in extras[name])]
     names = {normalise(re.split(r"[\[<>=;, ]", requirement)[0]) for requirement in wanted}
     assert names - UNHASHED <= set(hashes)
     assert not UNHASHED & set(hashes)
 
 
 def test_the_image_installs_by_digest() -> None:
-    assert "--require-hashes --no-deps" in (REPOSITORY / "deploy" / "Dockerfile").read_text()
+    dockerfile = (REPOSITORY / "deploy" / "Dockerfile").read_text()
+    assert "--require-hashes --no-deps" in dockerfile
+    installed = {name for line in re.findall(r"extras=([^;\n]+)", dockerfile) for name in re.findall(r"[a-z-]+", line)}
+    assert "object-store" in installed and installed - {"extras"} <= set(EXTRAS.split(","))
 
 
 def test_other_versions_and_broken_lines_are_found() -> None:
