@@ -40,10 +40,10 @@ from experts.kernels.cpu_ffn import (
     load_cpu_kernel,
     packed_size,
 )
-from experts.kernels.reference import expert_ffn_reference
 from experts.quantization import dequantize_block, quantize_block
 from tests.benchmarks.memory_bandwidth import read_once
 from tests.benchmarks.report import Bar, Figure, add_json_option, print_report, summarize
+from tests.experts.reference import expert_ffn_reference
 from tests.tolerances import KERNEL_RELATIVE_ERROR
 
 # Private, and the only grouped product of this torch on CPU.

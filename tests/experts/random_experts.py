@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import silu
 
 from experts.kernels.block_quantized import ExpertStack
-from experts.kernels.reference import dequantize_reference, expert_ffn_reference
 from experts.kernels.tile_table import WeightPath
 from experts.quantization import FP8_MAX, quantize_block
+from tests.experts.reference import dequantize_reference, expert_ffn_reference
 
 Matrices = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 

@@ -31,8 +31,8 @@ from experts.kernels.cpu_ffn import (
     load_cpu_kernel,
     packed_size,
 )
-from experts.kernels.reference import expert_ffn_reference
 from experts.quantization import dequantize_block, quantize_block
+from tests.experts.reference import expert_ffn_reference
 from tests.tolerances import FLOAT32_RELATIVE_ERROR, KERNEL_RELATIVE_ERROR
 
 # Partial blocks of scales, partial panels, and an odd number of columns.

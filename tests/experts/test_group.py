@@ -13,9 +13,9 @@ from experts.errors import BadFrame, NotHosted, Overloaded
 from experts.expert_range import ExpertRange, split_experts
 from experts.group import ExpertGroup
 from experts.kernels.expert_kernel import TorchKernel
-from experts.kernels.reference import expert_ffn_reference
 from experts.weights import load_expert_weights
 from experts.wire import ComputeFrame, decode_request, encode_request
+from tests.experts.reference import expert_ffn_reference
 from tests.tolerances import KERNEL_RELATIVE_ERROR
 
 NUM_EXPERTS = 8

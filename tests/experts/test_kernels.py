@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experts.kernels.grouped import ExpertMatrices, expert_ffn
-from experts.kernels.reference import expert_ffn_reference
+from tests.experts.reference import expert_ffn_reference
 from tests.tolerances import KERNEL_RELATIVE_ERROR
 
 HIDDEN, INNER, NUM_EXPERTS = 96, 40, 6

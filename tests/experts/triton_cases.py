@@ -21,7 +21,6 @@ from experts.expert_range import ExpertRange
 from experts.group import ExpertGroup
 from experts.kernels.block_quantized import BlockScaledMatrix
 from experts.kernels.cpu_ffn import ScaledWeight
-from experts.kernels.reference import dequantize_reference
 from experts.kernels.row_plan import PlanLayout, plan_rows
 from experts.kernels.tile_table import KernelChoice, WeightPath
 from experts.kernels.triton_ffn import expert_ffn, launch_ffn, view_plan
@@ -43,6 +42,7 @@ from tests.experts.random_experts import (
     relative_error,
     round_activations,
 )
+from tests.experts.reference import dequantize_reference
 from tests.random_checkpoint import write_random_checkpoint
 from tests.tolerances import KERNEL_RELATIVE_ERROR
 

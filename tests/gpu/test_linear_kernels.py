@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from experts.kernels.block_quantized import BlockScaledMatrix
-from experts.kernels.reference import dequantize_reference
 from experts.kernels.tile_table import KernelChoice, WeightPath
 from experts.kernels.triton_linear import HeadRows, block_scaled_linear, head_linear
 from experts.quantization import quantize_block
 from tests.experts.random_experts import relative_error, round_activations
+from tests.experts.reference import dequantize_reference
 from tests.tolerances import KERNEL_RELATIVE_ERROR
 
 BLOCK = (128, 128)
