@@ -171,7 +171,8 @@ def test_tokens_flow_while_the_controller_is_gone_and_it_comes_back(serve: Serve
 def test_clients_see_nothing_of_ray_serve_and_an_error_event_when_the_front_is_killed(serve: ServeProcess):
     own = httpx.get(f"{serve.url}/-/routes", timeout=20, trust_env=False)
     assert (own.status_code, own.json()["error"]["code"]) == (404, "not_found")
-    timed = httpx.get(f"{serve.url}/v1/models", headers={"X-Request-Timeout-Seconds": "1e-9"}, timeout=20)
+    headers = {"X-Request-Timeout-Seconds": "1e-9"}
+    timed = httpx.get(f"{serve.url}/v1/models", headers=headers, timeout=20, trust_env=False)
     assert timed.status_code == 200
     (front,) = (
         process
@@ -182,9 +183,10 @@ def test_clients_see_nothing_of_ray_serve_and_an_error_event_when_the_front_is_k
     lines: list[str] = []
     with httpx.stream("POST", f"{serve.url}/v1/completions", json=body, timeout=60, trust_env=False) as answered:
         for line in answered.iter_lines():
-            lines.extend([line] if line else [])
-            if len(lines) == 10:
-                front.kill()
+            if line:
+                lines.append(line)
+                if len(lines) == 10:
+                    front.kill()
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
     wait_for(lambda: httpx.get(f"{serve.url}/health/ready", timeout=30, trust_env=False).is_success, 60)
