@@ -178,6 +178,18 @@ def test_filters_keep_the_same_tokens_however_many_there_are(
     assert choose(logits, rows).tolist() == expected
 
 
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 3.0])
+def test_tokens_that_cannot_win_are_passed_over_and_none_that_can(temperature: float) -> None:
+    """Flat and steep rows, equal logits, and tokens that a grammar forbids."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(600, 777, generator=generator) * torch.logspace(-2, 1.5, 600).unsqueeze(1)
+    logits = torch.where(torch.rand(logits.shape, generator=generator) < 0.3, -math.inf, logits.round(decimals=1))
+    rows = [SampleRow(params(seed=row, temperature=temperature), row, ()) for row in range(len(logits))]
+    noise = gumbel_noise([row.params.seed for row in rows], [row.position for row in rows], torch.arange(777))
+    tempered = (logits - logits.amax(1, keepdim=True)) / temperature
+    assert sample(logits, rows).tolist() == (tempered + noise).argmax(1).tolist()
+
+
 def test_logprobs_are_the_models_own_and_agree_with_the_alternatives() -> None:
     logits = torch.stack([LOGITS, LOGITS.flip(0)])
 

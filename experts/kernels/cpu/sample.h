@@ -27,9 +27,10 @@ inline uint64_t mix(uint64_t value) {
 // What the noise of a row is drawn with.
 inline uint64_t make_key(uint64_t seed, uint64_t position) { return mix((seed ^ mix(position + kGolden)) + kGolden); }
 
+inline uint64_t draw_bits(uint64_t key, int32_t token_id) { return mix(key + (uint64_t(token_id) + 1) * kGolden); }
+
 inline float gumbel_noise(uint64_t key, int32_t token_id) {
-    const uint64_t bits = mix(key + (uint64_t(token_id) + 1) * kGolden);
-    const double uniform = (double(bits >> 11) + 0.5) * 0x1p-53;
+    const double uniform = (double(draw_bits(key, token_id) >> 11) + 0.5) * 0x1p-53;
     return float(-std::log(-std::log(uniform)));
 }
 
@@ -129,6 +130,17 @@ SHOAL_CLONES inline double sum_of_exp(const float* tempered, int32_t size, float
     return total;
 }
 
+SHOAL_CLONES inline void raise_all(const float* tempered, int32_t size, float* powers) {
+    Lanes values;
+    int32_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+        load_lanes(tempered + i, values);
+        exp_below_one(values);
+        std::memcpy(powers + i, &values, sizeof values);
+    }
+    for (; i < size; ++i) powers[i] = exp_below_one(tempered[i]);
+}
+
 class Sampler {
   public:
     int32_t draw(const float* logits, int32_t vocab_size, const SampleRow& row) {
@@ -139,12 +151,7 @@ class Sampler {
         temper(logits, find_best(logits, vocab_size), row.temperature, vocab_size, tempered, largest_.data());
         const uint64_t key = make_key(row.seed, row.position);
         const float floor = row.min_p > 0 ? std::log(row.min_p) : -INFINITY;
-        if (row.top_k <= 0 && row.top_p >= 1) {
-            Choice choice;
-            for (int32_t i = 0; i < vocab_size; ++i)
-                if (tempered[i] >= floor) choice.offer(tempered[i], i, key);
-            return choice.token_id;
-        }
+        if (row.top_k <= 0 && row.top_p >= 1) return draw_from_all(vocab_size, floor, key);
         const int32_t num_kept = keep_top(vocab_size, floor, row);
         Choice choice;
         for (int32_t i = 0; i < num_kept; ++i) choice.offer(kept_[i].logit, kept_[i].token_id, key);
@@ -167,9 +174,35 @@ class Sampler {
         void offer(float logit, int32_t id, uint64_t key) {
             if (logit == -INFINITY) return;
             const float with_noise = logit + gumbel_noise(key, id);
-            if (with_noise > score) score = with_noise, token_id = id;
+            if (with_noise > score || (with_noise == score && id < token_id)) score = with_noise, token_id = id;
         }
     };
+
+    // Two logarithms for each of 129,280 tokens take 2 ms. A token can only win if its noise -log(-log(u)) exceeds
+    // score - logit, so if -log(u) < e^logit / e^score; and -log(u) is never below 1 - u, which costs a few
+    // multiplications. That lets few tokens through, from the best one on, and those are offered as they are.
+    int32_t draw_from_all(int32_t vocab_size, float floor, uint64_t key) {
+        const float* tempered = tempered_.data();
+        powers_.resize(vocab_size);
+        raise_all(tempered, vocab_size, powers_.data());
+        Choice choice;
+        for (int32_t block = 0; block * kBlock < vocab_size; ++block) {
+            if (largest_[block] != 0) continue;
+            const int32_t best = int32_t(std::find(tempered + block * kBlock, tempered + vocab_size, 0.0f) - tempered);
+            if (best < vocab_size) choice.offer(0, best, key);
+            break;
+        }
+        // Rounding, of powers and of scores, is far below this.
+        constexpr double kSlack = 1.001;
+        double least = kSlack * std::exp(-double(choice.score));
+        for (int32_t i = 0; i < vocab_size; ++i) {
+            const double above = (double(~draw_bits(key, i) >> 11) + 0.5) * 0x1p-53;  // 1 - u
+            if (above > powers_[i] * least || !(tempered[i] >= floor)) continue;
+            choice.offer(tempered[i], i, key);
+            least = kSlack * std::exp(-double(choice.score));
+        }
+        return choice.token_id;
+    }
 
     // Leaves what top-k and top-p keep, best first, at the front of kept_; returns how many these are. Only the best few
     // are put in order: those down to a depth that grows until it reaches far enough.
@@ -204,7 +237,7 @@ class Sampler {
         }
     }
 
-    std::vector<float> tempered_, largest_;
+    std::vector<float> tempered_, largest_, powers_;
     std::vector<Candidate> kept_;
 };
 
