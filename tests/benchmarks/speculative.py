@@ -9,8 +9,10 @@ counts. Tokens/s are end to end: all tokens of a turn by the time it took, prefi
 
 A batch is held by as many clients, each of which asks for its next answer when it has one: with drafts sequences of one
 length end at different times, and of a single round the last part would be measured at ever fewer sequences (--rounds 1
-is that). Drafts save rounds to the expert groups, so what they gain grows with what a round takes: --round-trip-ms is the
-network's share, which is next to nothing in the asked form, on one machine. The default decodes a few tokens once and only shows that it works; --full: 4 rounds of 128 tokens, 5 turns.
+is that). Drafts save rounds to the expert groups, so what they gain grows with what a round takes: --round-trip-ms adds
+a network, which the asked form, on one machine, has none of.
+
+The default decodes a few tokens once and only shows that it works; --full: 4 rounds of 128 tokens, 5 turns.
 """
 
 from __future__ import annotations
