@@ -15,7 +15,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
-from router.api.errors import BadRequest, Overloaded
+from router.api.errors import BadRequest, Overloaded, Unavailable
 from router.api.form_types import MAX_GRAMMAR_BYTES
 from router.v1 import router_pb2
 
@@ -28,6 +28,10 @@ START_TIMEOUT_S = 20.0
 MAX_WAITING = 64
 # Results that are remembered, by digest.
 MAX_KEPT = 1024
+# A process may have ended by itself, or for want of the system's memory; two in a row ended because of the grammar.
+_MAX_ATTEMPTS = 2
+# What writing to a process that has ended comes to, and reading from it; uvloop raises RuntimeError once it knows.
+_ENDED = (OSError, ValueError, RuntimeError)
 
 
 class GrammarChecker:
@@ -43,7 +47,7 @@ class GrammarChecker:
         self._reasons: OrderedDict[bytes, str | None] = OrderedDict()
 
     async def check(self, grammar: router_pb2.Grammar, param: str) -> None:
-        """Raises BadRequest naming param and the reason, or Overloaded."""
+        """Raises BadRequest naming param and the reason, Overloaded, or Unavailable."""
         kind = grammar.WhichOneof("kind")
         text = getattr(grammar, kind or "regex")
         if len(text.encode()) > MAX_GRAMMAR_BYTES:
@@ -68,33 +72,47 @@ class GrammarChecker:
         self._num_waiting += 1
         try:
             async with self._turn:
-                try:
+                for _ in range(_MAX_ATTEMPTS):
                     if self._process is None:
-                        async with asyncio.timeout(START_TIMEOUT_S):
-                            await self._start()
-                    async with asyncio.timeout(self._timeout_s):
-                        return await self._ask(line)
-                except (TimeoutError, OSError, ValueError) as error:
-                    logger.warning("grammar process killed reason=%r", error)
-                    await self._kill()
-                    return "it takes too long or too much memory to compile"
+                        await self._start()
+                    try:
+                        async with asyncio.timeout(self._timeout_s):
+                            return await self._ask(line)
+                    except TimeoutError:
+                        await self._discard("no answer in time")
+                        break
+                    except _ENDED as error:
+                        await self._discard(repr(error))
+                return "it takes too long or too much memory to compile"
         finally:
             self._num_waiting -= 1
 
     async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "router.api.grammar_worker", str(self._checkpoint),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        await self._ask(json.dumps({"kind": "regex", "text": "ready", "lenient": False}).encode() + b"\n")
+        """Raises Unavailable."""
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "router.api.grammar_worker", str(self._checkpoint),
+                    stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                )  # fmt: skip
+                await self._ask(json.dumps({"kind": "regex", "text": "ready", "lenient": False}).encode() + b"\n")
+        except (TimeoutError, *_ENDED) as error:
+            await self._discard(f"does not start: {error!r}")
+            raise Unavailable(
+                "Grammars cannot be compiled at the moment.", retry_after_s=self._retry_after_s
+            ) from error
 
     async def _ask(self, line: bytes) -> str | None:
-        """Raises OSError or ValueError if the process ends instead of answering."""
+        """Raises one of _ENDED if the process ends instead of answering, or has ended."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         process.stdin.write(line)
         await process.stdin.drain()
         return json.loads(await process.stdout.readline())["error"]
+
+    async def _discard(self, reason: str) -> None:
+        logger.warning("grammar process killed reason=%s", reason)
+        await self._kill()
 
     async def _kill(self) -> None:
         process, self._process = self._process, None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
-from router.api.errors import BadRequest
+from router.api.errors import BadRequest, Unavailable
 from router.api.grammar_check import GrammarChecker
 from router.v1 import router_pb2
 
@@ -18,10 +20,14 @@ def regex(text: str) -> router_pb2.Grammar:
     return router_pb2.Grammar(regex=text)
 
 
-def pid_of(checker: GrammarChecker) -> int:
+def process_of(checker: GrammarChecker) -> asyncio.subprocess.Process:
     process = checker._process  # pyright: ignore[reportPrivateUsage]
     assert process is not None
-    return process.pid
+    return process
+
+
+def pid_of(checker: GrammarChecker) -> int:
+    return process_of(checker).pid
 
 
 async def test_a_process_that_hangs_is_killed_and_replaced(checkpoint: Path) -> None:
@@ -40,16 +46,36 @@ async def test_a_process_that_hangs_is_killed_and_replaced(checkpoint: Path) -> 
         await checker.close()
 
 
-async def test_a_process_that_dies_is_replaced(checkpoint: Path) -> None:
-    checker = GrammarChecker(checkpoint)
-    try:
-        await checker.check(regex("a"), "x")
-        os.kill(pid_of(checker), signal.SIGKILL)
-        with pytest.raises(BadRequest):
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_process_that_has_died_is_replaced_before_anybody_notices(
+    checkpoint: Path, new_loop: Callable[[], asyncio.AbstractEventLoop], is_known: bool
+) -> None:
+    """is_known: the loop has been told of its end."""
+
+    async def run() -> None:
+        checker = GrammarChecker(checkpoint)
+        try:
+            await checker.check(regex("a"), "x")
+            first = pid_of(checker)
+            os.kill(first, signal.SIGKILL)
+            if is_known:
+                await process_of(checker).wait()
             await checker.check(regex("b"), "x")
-        await checker.check(regex("c"), "x")
-    finally:
-        await checker.close()
+            assert pid_of(checker) != first
+            with pytest.raises(BadRequest):
+                await checker.check(regex("(bad"), "x")
+        finally:
+            await checker.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(asyncio.wait_for(run(), 60.0))
+
+
+async def test_a_process_that_does_not_start_is_nobodys_fault(tmp_path: Path) -> None:
+    checker = GrammarChecker(tmp_path)  # no checkpoint
+    with pytest.raises(Unavailable):
+        await checker.check(regex("a"), "x")
 
 
 async def test_a_client_that_leaves_takes_no_answer_of_the_next_one(checkpoint: Path) -> None:
