@@ -10,11 +10,12 @@ import contextlib
 import json
 import multiprocessing
 import multiprocessing.synchronize
+import random
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -101,7 +102,30 @@ def measure_victim(url: str, num_requests: int, key: str = "") -> FuzzReport:
 
 
 def read_resident_bytes(pids: Mapping[str, int]) -> dict[str, int]:
-    return {name: psutil.Process(pid).memory_info().rss for name, pid in pids.items()}
+    """Of each process, and of the children that it has, together."""
+    resident: dict[str, int] = {}
+    for name, pid in pids.items():
+        process = psutil.Process(pid)
+        resident[name] = process.memory_info().rss
+        if children := process.children(recursive=True):
+            resident[f"{name}'s children"] = sum(child.memory_info().rss for child in children)
+    return resident
+
+
+def fill_kv_cache(url: str, num_tokens: int, length: int, vocab_size: int, key: str = "") -> None:
+    """Have all blocks of a router's cache written once: pages that nobody has touched yet are no memory yet."""
+    random_ = random.Random(0)
+    with (
+        httpx.Client(base_url=url, timeout=HANG_S, trust_env=False, headers=_write_key(key)) as client,
+        ThreadPoolExecutor(4) as threads,
+    ):
+
+        def prefill(prompt: list[int]) -> None:
+            client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1}).raise_for_status()
+
+        # The last token's row is not written.
+        prompts = [[random_.randrange(vocab_size) for _ in range(length - 1)] for _ in range(num_tokens // length + 1)]
+        list(threads.map(prefill, prompts))
 
 
 def _write_key(key: str) -> dict[str, str]:

@@ -191,6 +191,36 @@ def make_proper_request(seed: int) -> FuzzRequest:
     return FuzzRequest(path, _encode(base).encode(), {"Content-Type": "application/json"}, leaves=False)
 
 
+def make_costly_request(seed: int) -> FuzzRequest:
+    """What costs a front most for one request: as large as bodies may be, of as many parts as they may have, or with as
+    many log probabilities as may be asked for."""
+    path, body = _COSTLY[seed % len(_COSTLY)]
+    return FuzzRequest(path, body(), {"Content-Type": "application/json"}, leaves=False)
+
+
+def _fill(path: str, head: str, part: str, tail: str, num_parts: int | None = None) -> tuple[str, Callable[[], bytes]]:
+    """num_parts: None: as many as a body has room for."""
+    room = (MAX_BODY_BYTES - len(head) - len(tail)) // (len(part) + 1)
+    return path, lambda: (head + ",".join([part] * (num_parts or room)) + tail).encode()
+
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+_CHAT = "/v1/chat/completions"
+_COSTLY: tuple[tuple[str, Callable[[], bytes]], ...] = (
+    _fill("/v1/completions", '{"prompt":[', "300", "]}"),
+    _fill("/v1/completions", '{"prompt":"', "def add(self, value): ", '"}'),
+    _fill("/v1/completions", '{"max_tokens":1,"echo":true,"logprobs":20,"prompt":[', f"[{'7,' * 255}7]", "]}", 32),
+    _fill("/v1/completions", '{"max_tokens":1,"n":128,"prompt":[', "7", "]}", 1),
+    _fill(_CHAT, '{"messages":[', "{}", "]}"),
+    _fill(_CHAT, '{"messages":[{"role":"user","content":"a"}],"unknown":[', "[]", "]}", 260_000),
+    _fill(_CHAT, '{"messages":[', '{"role":"user","content":"a"}', "]}", 4096),
+    _fill("/v1/messages", '{"max_tokens":1,"messages":[', "{}", "]}", 260_000),
+    _fill("/v1/messages", '{"max_tokens":1,"messages":[{"role":"user","content":"', "é" * 1000, '"}]}', 4000),
+    _fill("/tokenize", '{"prompt":"', "a" * 1000, '"}', 8000),
+    _fill("/detokenize", '{"tokens":[', "300", "]}"),
+)
+
+
 def _encode(value: Any) -> str:
     if isinstance(value, Raw):
         return value
