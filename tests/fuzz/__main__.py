@@ -20,7 +20,7 @@ from pathlib import Path
 from router.tenancy.key_file import make_key, new_key_file, save_key_file
 from tests.fuzz.fuzzer import FuzzReport, Keys, fill_kv_cache, measure_victim, read_resident_bytes, run_fuzz
 from tests.fuzz.mutations import make_costly_request, make_proper_request
-from tests.local_stack import REPOSITORY, StackOptions, local_stack
+from tests.local_stack import REPOSITORY, LocalStack, StackOptions, local_stack
 
 CHECKPOINT = REPOSITORY / "deploy" / "demo" / "checkpoint"
 # Of the requests, after which memory is looked at; as often as there are further parts of equal size.
@@ -55,6 +55,12 @@ def measure_growth_mb(resident: Sequence[Mapping[str, int]]) -> dict[str, float]
         / 1e6
         for name in names
     }
+
+
+def count_computed_tokens(stack: LocalStack) -> int:
+    """Of prompts, by the router since it started."""
+    status = stack.status()
+    return status.num_prompt_tokens - status.num_cached_tokens
 
 
 def read_vocab_size() -> int:
@@ -93,11 +99,19 @@ def main() -> int:
             fill_kv_cache(url, KV_CACHE_TOKENS, MAX_MODEL_LEN, read_vocab_size(), keys.fuzzer)
             costly = run_fuzz(url, range(NUM_COSTLY), parallel=8, make=make_costly_request, keys=keys)
             warm = run_fuzz(url, seeds[:num_warm], parallel=options.parallel, keys=keys)
-            proper = run_fuzz(url, proper_seeds, parallel=options.parallel, make=make_proper_request, keys=keys)
             resident.append(read_resident_bytes(pids))
-            rest = FuzzReport()
-            for part in split(seeds[num_warm:], NUM_PARTS):
+            proper, rest = FuzzReport(), FuzzReport()
+            computed = {"proper": 0, "fuzz": 0}
+            # In turns, since the machine's speed changes over minutes.
+            for proper_part, part in zip(
+                split(proper_seeds, NUM_PARTS), split(seeds[num_warm:], NUM_PARTS), strict=True
+            ):
+                before = count_computed_tokens(stack)
+                proper.add(run_fuzz(url, proper_part, parallel=options.parallel, make=make_proper_request, keys=keys))
+                between = count_computed_tokens(stack)
                 rest.add(run_fuzz(url, part, parallel=options.parallel, keys=keys))
+                computed["proper"] += between - before
+                computed["fuzz"] += count_computed_tokens(stack) - between
                 resident.append(read_resident_bytes(pids))
             after = measure_victim(url, 100, keys.victim)
     failures = [*alone.failures, *costly.failures, *warm.failures, *proper.failures, *rest.failures, *after.failures]
@@ -112,6 +126,10 @@ def main() -> int:
         "failures": failures[:40],
         "longest_stall_of_the_fuzzer_s": round(max(warm.longest_stall_s, rest.longest_stall_s), 1),
         "resident_mb": {name: [round(each.get(name, 0) / 1e6, 1) for each in resident] for name in growth_mb},
+        "prompt_tokens_computed_per_request": {
+            "proper": round(computed["proper"] / proper.num_requests, 1),
+            "fuzz": round(computed["fuzz"] / rest.num_requests, 1),
+        },
         "victim_ms": {
             name: {f"p{percent}": round(1000 * report.victim_quantile_s(percent), 1) for percent in (50, 95, 99)}
             for name, report in (
