@@ -164,7 +164,7 @@ class LocalDispatcher:
 
     def __init__(self, groups: list[ExpertGroup]) -> None:
         self._groups = groups
-        self._hosted = {group: set(list_hosted_pairs(group.config, group.hosted)) for group in groups}
+        self._hosted = {group: set(list_hosted_pairs(group.config, tuple(group.hosted))) for group in groups}
         self.error: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
