@@ -74,7 +74,8 @@ image:
 	$(CONTAINER_ENGINE) build --file deploy/Dockerfile --tag $(IMAGE) --build-arg VARIANT=$(VARIANT) \
 	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
 
-# 20,000 broken requests against the demo on real processes; a failure names the seed that repeats it.
+# 20,000 broken requests against the demo on real processes; a failure names the seed that repeats it. See the head of
+# tests/fuzz/__main__.py for the form with the demo's whole context.
 fuzz: setup
 	$(BIN)/python -m tests.fuzz
 
