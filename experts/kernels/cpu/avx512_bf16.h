@@ -66,7 +66,8 @@ static inline int lines_ahead(int rows) { return rows <= 2 ? 2 * kPairsPerBlock 
 
 // pairs: of inputs, in this block.
 template <int kRows, int kParts, class Lines>
-static inline void multiply_rows(const Lines& lines, int pairs, const uint16_t* x, const float* scales, bool first, float* sums) {
+static inline void multiply_rows(const Lines& lines, int pairs, const uint16_t* x, const float* scales, bool first,
+                                 float* sums) {
     __m512 sum[kRows][2];
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
@@ -99,8 +100,8 @@ static inline void multiply_rows(const Lines& lines, int pairs, const uint16_t* 
 constexpr int kRowsAtOnce = 8;
 
 template <int kParts, class Lines>
-static inline void multiply_few(int rows, const Lines& lines, int pairs, const uint16_t* x, const float* scales, bool first,
-                                float* sums) {
+static inline void multiply_few(int rows, const Lines& lines, int pairs, const uint16_t* x, const float* scales,
+                                bool first, float* sums) {
     switch (rows) {
         case 8: return multiply_rows<8, kParts>(lines, pairs, x, scales, first, sums);
         case 7: return multiply_rows<7, kParts>(lines, pairs, x, scales, first, sums);
@@ -134,8 +135,8 @@ static inline void multiply(const Panels& panels, const uint16_t* x, int rows, S
                 const uint16_t* activations = x + (size_t(block) * rows + row) * kParts * kBlockColumns;
                 float* sums = scratch.sums + row * kPanelRows;
                 if (matrix.kind == kFp8)
-                    multiply_few<kParts>(count, DecodedLines{cell, ahead, matrix.uncovered[index]}, pairs, activations, scales,
-                                         !block, sums);
+                    multiply_few<kParts>(count, DecodedLines{cell, ahead, matrix.uncovered[index]}, pairs, activations,
+                                         scales, !block, sums);
                 else
                     multiply_few<kParts>(count, StoredLines{cell, ahead}, pairs, activations, scales, !block, sums);
             }

@@ -27,7 +27,8 @@ struct Layer {
     int32_t normalize;
     float routed_scaling_factor, eps, softmax_scale;
     const float *input_norm, *q_a_norm, *kv_a_norm, *post_norm, *rotations, *gate_bias;
-    const Matrix *q_a, *kv_a, *q_b, *w_uk, *w_uv, *w_k, *o_proj, *gate;  // w_uk, w_uv, w_k (w_uk's transpose): [num_heads]
+    // w_uk, w_uv, w_k (w_uk's transpose): [num_heads].
+    const Matrix *q_a, *kv_a, *q_b, *w_uk, *w_uv, *w_k, *o_proj, *gate;
     uint8_t* cache;                                                // [block][kCacheBlock][width]
 };
 
